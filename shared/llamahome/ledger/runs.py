@@ -19,6 +19,7 @@ from llamahome.ledger.fairness import claim_order
 from llamahome.ledger.jobs import Jobs, job_error
 from llamahome.ledger.rows import output_view
 from llamahome.ledger.tables import artifact, attempt, checkpoint, job, run
+from llamahome.ledger.transitions import Advanced
 from llamahome.schemas import (
     ArtifactRef,
     AttemptOutcome,
@@ -244,14 +245,14 @@ class Runs(Jobs):
         key: str | None = None,
         cached: bool = False,
         events: Iterable[NewEvent] = (),
-    ) -> JobState:
+    ) -> Advanced:
         """Accept the attempt's result: the run is done, what follows is ready, its event written.
 
         With ``key`` the result is kept for the tenant's later runs of the same key. Returns the
-        job's new state. Raises Fenced; then nothing has changed.
+        job's new state and what became ready. Raises Fenced; then nothing has changed.
         """
 
-        def work(connection: Connection) -> JobState:
+        def work(connection: Connection) -> Advanced:
             owner = self._lock_job(connection, claim.task.job_id)
             assert owner is not None
             ref = result.artifact.model_dump(mode="json") if result.artifact else None

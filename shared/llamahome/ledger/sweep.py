@@ -61,12 +61,3 @@ class Sweeping(Runs):
             sa.or_(run.c.not_before.is_(None), run.c.not_before <= self.now),
             sa.or_(run.c.rung_at.is_(None), run.c.rung_at < self.now - rering_seconds),
         )
-
-    def note_rung(self, stage: Stage) -> None:
-        """The stage's queue has just been rung: its ready runs need no sweeper for a while."""
-        query = (
-            sa.update(run)
-            .where(run.c.stage == stage, run.c.state == RunState.ready, run.c.rung_at.is_(None))
-            .values(rung_at=self.now)
-        )
-        self._write(lambda connection: connection.execute(query))

@@ -7,7 +7,7 @@ event and what follows from it are one transaction.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
@@ -32,6 +32,14 @@ _MESSAGES = {
     JobState.preparing: "Files validated, preparing tokens",
     JobState.queued: "Tokens prepared, moving job to queued state",
 }
+
+
+class Advanced(NamedTuple):
+    """Where a job stands after a transaction, and how many runs of a stage it made ready."""
+
+    state: JobState
+    stage: Stage | None = None
+    ready: int = 0
 
 
 class Transitions(Backend):
@@ -80,16 +88,16 @@ class Transitions(Backend):
         if rows:
             connection.execute(sa.insert(run).values(created_at=self.now), rows)
 
-    def _advance(self, connection: Connection, job_id: str) -> JobState:
+    def _advance(self, connection: Connection, job_id: str) -> Advanced:
         """Re-derive the frontier from the rows: make its blocked runs ready, name the job's state.
 
-        The caller holds the job's lock. A paused job's runs stay blocked. Returns the state.
+        The caller holds the job's lock. A paused job's runs stay blocked.
         """
         owner = self._lock_job(connection, job_id)
         assert owner is not None, f"job {job_id} vanished inside its own transaction"
         state = JobState(owner.state)
         if state.terminal:
-            return state
+            return Advanced(state)
         places = [
             pipeline.RunPlace(Stage(row.stage), Step(row.step), RunState(row.state))
             for row in connection.execute(
@@ -101,21 +109,24 @@ class Transitions(Backend):
         if owner.pause_requested and place is not None:
             held = JobState.running if active and place[0] is Stage.training else JobState.paused
             self._set_job_state(connection, owner, held)
-            return held
-        if place is not None:
-            self._make_ready(connection, job_id, place)
+            return Advanced(held)
+        ready = 0 if place is None else self._make_ready(connection, job_id, place)
         new = pipeline.job_state(place, active=active, started=owner.started_at is not None)
         self._set_job_state(connection, owner, new)
-        return new
+        return Advanced(new, None if place is None else place[0], ready)
 
-    def _make_ready(self, connection: Connection, job_id: str, place: tuple[Stage, Step]) -> None:
+    def _make_ready(self, connection: Connection, job_id: str, place: tuple[Stage, Step]) -> int:
+        """Ready, and counted as rung: whoever made them so rings after the commit.
+
+        Where that doorbell is lost, the sweeper rings ``rering_seconds`` later.
+        """
         stage, step = place
-        connection.execute(
+        return connection.execute(
             sa.update(run)
             .where(run.c.job_id == job_id, run.c.stage == stage, run.c.step == step)
             .where(run.c.state == RunState.blocked)
-            .values(state=RunState.ready, ready_at=self.now, rung_at=None, not_before=None)
-        )
+            .values(state=RunState.ready, ready_at=self.now, rung_at=self.now, not_before=None)
+        ).rowcount
 
     def _set_job_state(self, connection: Connection, owner: Row[Any], state: JobState) -> None:
         if owner.state == state:
