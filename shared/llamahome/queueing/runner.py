@@ -1,0 +1,190 @@
+"""The stage runner: everything that happens around a stage, once.
+
+Claim, lease, scratch folder, cache, stage function, publish, commit, next doorbell, and what each
+kind of error means for the run. The stage function knows none of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import structlog
+
+from llamahome.config import Settings
+from llamahome.errors import (
+    CorruptArtifact,
+    Fenced,
+    LlamaHomeError,
+    NotFound,
+    OperatorError,
+    Stopped,
+    Unavailable,
+)
+from llamahome.ledger import Claim, Ledger
+from llamahome.queueing.doorbell import Bell
+from llamahome.queueing.lease import LeaseKeeper
+from llamahome.queueing.ports import FleetPorts
+from llamahome.schemas import Stage, StageFunction, StageKey, StageResult, StopReason
+from llamahome.storage import Storage
+
+_LOG = structlog.get_logger(__name__)
+
+
+class StageRunner:
+    """Works off one stage's ready runs, one at a time."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        function: StageFunction,
+        key: StageKey,
+        *,
+        ledger: Ledger,
+        storage: Storage,
+        bell: Bell,
+        settings: Settings,
+        worker: str,
+    ) -> None:
+        self._stage = stage
+        self._function = function
+        self._key = key
+        self._ledger = ledger
+        self._storage = storage
+        self._bell = bell
+        self._settings = settings
+        self._worker = worker
+
+    def work(self) -> int:
+        """Claim and run until nothing is ready or ``claim_seconds`` have passed.
+
+        In the second case the own queue is rung first, so that the rest is not left lying: the
+        pause lets a worker that was asked to end do so between two runs. Returns the number of
+        attempts made. Raises Unavailable when the ledger does not answer.
+        """
+        until = time.monotonic() + self._settings.claim_seconds
+        attempts = 0
+        while (claim := self._claim()) is not None:
+            self._attempt(claim)
+            attempts += 1
+            if time.monotonic() >= until:
+                self._bell.ring(self._stage)
+                break
+        return attempts
+
+    def _claim(self) -> Claim | None:
+        return self._ledger.claim(
+            self._stage,
+            self._worker,
+            host=self._settings.host,
+            pid=os.getpid(),
+            lease_seconds=self._settings.lease_seconds,
+        )
+
+    def _attempt(self, claim: Claim) -> None:
+        task = claim.task
+        with structlog.contextvars.bound_contextvars(
+            job=task.job_id,
+            run=task.run_id,
+            stage=str(task.stage),
+            step=str(task.step),
+            shard=task.shard,
+            attempt=task.fence,
+        ):
+            scratch = self._make_scratch()
+            try:
+                with LeaseKeeper(self._ledger, claim) as lease:
+                    self._guarded(claim, lease, scratch)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _make_scratch(self) -> Path:
+        root = self._settings.scratch_root
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="attempt-", dir=root))
+
+    def _guarded(self, claim: Claim, lease: LeaseKeeper, scratch: Path) -> None:
+        """Run the attempt and give every way it can end its meaning."""
+        try:
+            self._run(claim, lease, scratch)
+        except Stopped as stopped:
+            self._stopped(claim, stopped)
+        except LlamaHomeError as error:
+            self._failed(claim, error)
+        except (SystemExit, KeyboardInterrupt):
+            # The worker is being shut down: hand the run back, at no cost, before leaving.
+            self._released(claim, StopReason.drain)
+            raise
+        except OSError as error:
+            self._failed(claim, _from_os_error(error))
+        except Exception as error:
+            # The worker must outlive any mistake in a stage; the operator gets the traceback.
+            _LOG.exception("stage failed with an unexpected error")
+            self._failed(claim, OperatorError(f"{type(error).__name__}: {error}"))
+
+    def _run(self, claim: Claim, lease: LeaseKeeper, scratch: Path) -> None:
+        key = self._key(claim.task)
+        result = self._from_cache(claim, key) if key is not None else None
+        cached = result is not None
+        if result is None:
+            ports = FleetPorts(
+                claim, key=key, ledger=self._ledger, storage=self._storage, lease=lease,
+                scratch=scratch,
+            )  # fmt: skip
+            result = self._function(claim.task, ports)
+        advanced = self._ledger.complete(
+            claim, result, key=key, cached=cached, events=lease.take_events()
+        )
+        _LOG.info("run done", cached=cached, job_state=str(advanced.state))
+        if advanced.stage is not None and advanced.ready:
+            self._bell.ring(advanced.stage, count=advanced.ready)
+
+    def _from_cache(self, claim: Claim, key: str) -> StageResult | None:
+        """An equal run's result, if its artifact is still there and whole enough to be named."""
+        result = self._ledger.cached(claim.tenant, key)
+        if result is None or result.artifact is None:
+            return result
+        try:
+            self._storage.manifest(result.artifact.path)
+        except (NotFound, CorruptArtifact) as error:
+            _LOG.warning("kept result dropped", error=str(error))
+            self._ledger.forget(claim.tenant, key)
+            return None
+        return result
+
+    def _stopped(self, claim: Claim, stopped: Stopped) -> None:
+        _LOG.info("run stopped", reason=stopped.code)
+        if stopped.code in (StopReason.pause, StopReason.drain):
+            self._released(claim, StopReason(stopped.code))
+        # Cancelled or fenced: the run belongs to nobody or to another; there is nothing to write.
+
+    def _released(self, claim: Claim, reason: StopReason) -> None:
+        try:
+            self._ledger.release(claim, reason)
+        except Unavailable as error:
+            _LOG.warning("run not handed back; its lease will run out", error=str(error))
+            return
+        if reason is StopReason.drain:
+            self._bell.ring(self._stage, recover=True)
+
+    def _failed(self, claim: Claim, error: LlamaHomeError) -> None:
+        _LOG.warning("attempt failed", code=error.code, error=str(error))
+        try:
+            self._ledger.fail(claim, error, retry_seconds=self._settings.retry_seconds)
+        except Fenced:
+            _LOG.info("another attempt holds the run; the error is not recorded")
+        except Unavailable as unavailable:
+            _LOG.warning("error not recorded; the lease will run out", error=str(unavailable))
+
+
+def _from_os_error(error: OSError) -> LlamaHomeError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unavailable(
+            f"no space left for {error.filename or 'a file'}", code="disk_full",
+            remedy="Free space in the scratch or storage folder; the run is tried again",
+        )  # fmt: skip
+    return OperatorError(f"{type(error).__name__}: {error}")
