@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 import redis
 from celery import Celery
 from kombu.entity import Queue
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from llamahome.config import Settings
 from llamahome.queueing.names import ALL_QUEUES
@@ -58,12 +60,20 @@ def make_app(settings: Settings, *, queues: Sequence[str] = ALL_QUEUES) -> Celer
 def redis_client(settings: Settings, *, timeout_seconds: float = 1.0) -> redis.Redis:
     """A plain client on the broker's database, for queue lengths and health; short timeouts."""
     url = settings.redis
+    # redis-py's own default waits through several backoffs: seconds, on somebody's request path.
+    no_retry = Retry(NoBackoff(), 0)
     if url.startswith("redis+socket://"):
         parts = urlsplit(url)
         database = parse_qs(parts.query).get("virtual_host", ["0"])[0]
         return redis.Redis(
-            unix_socket_path=parts.path, db=int(database), socket_timeout=timeout_seconds
+            unix_socket_path=parts.path,
+            db=int(database),
+            socket_timeout=timeout_seconds,
+            retry=no_retry,
         )
     return redis.Redis.from_url(
-        url, socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds
+        url,
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=timeout_seconds,
+        retry=no_retry,
     )

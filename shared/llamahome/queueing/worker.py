@@ -96,9 +96,9 @@ def remap_sigterm() -> None:
 def run_worker(app: Celery, queues: tuple[str, ...], concurrency: int, *options: str) -> int:
     """``celery worker`` on these queues, with everything off that the ledger does better."""
     argv = [
-        "worker", "--pool=prefork", f"--concurrency={concurrency}", f"--queues={','.join(queues)}",
-        "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING",
-        "--quiet", *options,
+        "--quiet", "worker", "--pool=prefork", f"--concurrency={concurrency}",
+        f"--queues={','.join(queues)}", "--without-gossip", "--without-mingle",
+        "--without-heartbeat", "--loglevel=WARNING", *options,
     ]  # fmt: skip
     try:
         app.worker_main(argv)
@@ -172,15 +172,18 @@ def _start_child(
     presence = stack.enter_context(
         Presence(ledger, role=str(stage), settings=settings, slots=1, info=info)
     )
+    bell = CeleryBell(settings)
     child.runner = StageRunner(
         stage,
         function,
         key,
         ledger=ledger,
         storage=open_storage(settings.storage),
-        bell=CeleryBell(settings),
+        bell=bell,
         settings=settings,
         worker=presence.id,
     )
     child.set_state = presence.state
     child.close = stack.close
+    # A doorbell rung while nobody was there may be gone; a worker that begins looks for itself.
+    bell.ring(stage)
