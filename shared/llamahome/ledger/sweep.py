@@ -32,10 +32,11 @@ class Sweeping(Runs):
 
         def work(connection: Connection) -> list[Ring]:
             self._expire(connection)
+            recover = (run.c.fence > 0).label("recover")
             due = (
-                sa.select(run.c.stage, (run.c.fence > 0).label("recover"), sa.func.count())
+                sa.select(run.c.stage, recover, sa.func.count())
                 .where(*self._due(rering_seconds))
-                .group_by(run.c.stage, run.c.fence > 0)
+                .group_by(run.c.stage, recover)
             )
             rings = [Ring(Stage(s), bool(again), int(n)) for s, again, n in connection.execute(due)]
             if rings:
