@@ -19,7 +19,12 @@ from support.stages import CountingStage
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return load_settings(
-        state=tmp_path, lease_seconds=1.0, rering_seconds=0.2, retry_seconds=0.5, host="here"
+        state=tmp_path,
+        shard_bytes=10,
+        lease_seconds=1.0,
+        rering_seconds=0.2,
+        retry_seconds=0.5,
+        host="here",
     )
 
 
