@@ -4,10 +4,10 @@
 held together by one conformance suite (``tests/ledger``).
 """
 
+from llamahome.ledger.claims import Claim
 from llamahome.ledger.facts import Facts
 from llamahome.ledger.migrate import Migrations
 from llamahome.ledger.registry import Registry
-from llamahome.ledger.runs import Claim
 from llamahome.ledger.sweep import Ring, Sweeping
 
 __all__ = ["Claim", "Ledger", "Ring"]

@@ -1,4 +1,4 @@
-"""Every Prometheus series this project serves: name, type, help, labels. Nothing is named elsewhere.
+"""Every Prometheus series served: name, type, help, labels. Nothing is named elsewhere.
 
 Label values come from enums only; job ids, users, files and exception texts never become labels.
 """

@@ -1,0 +1,256 @@
+"""Claiming runs, and taking them back from those that stopped renewing.
+
+A claim raises the run's fence and takes a lease; every later write of that attempt carries the
+fence, and a stale one changes no row. Leases are for liveness, the fence is for safety
+(Kleppmann 2016, "How to do distributed locking": the resource must check the token).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from llamahome.errors import Fenced, WorkerLost
+from llamahome.ledger import pipeline
+from llamahome.ledger.fairness import claim_order
+from llamahome.ledger.jobs import Jobs
+from llamahome.ledger.rows import output_view
+from llamahome.ledger.tables import attempt, job, run
+from llamahome.schemas import (
+    AttemptOutcome,
+    CheckpointRef,
+    JobError,
+    JobSpec,
+    JobState,
+    NewEvent,
+    RunState,
+    Stage,
+    StageTask,
+    Step,
+)
+
+
+class Claim(NamedTuple):
+    """A run in somebody's hands: the task, and the lease it is held under."""
+
+    task: StageTask
+    tenant: str
+    worker: str
+    lease_seconds: float
+
+    @property
+    def run_id(self) -> str:
+        return self.task.run_id
+
+    @property
+    def fence(self) -> int:
+        return self.task.fence
+
+
+class Claims(Jobs):
+    """The statements that give a run to a worker and take it away."""
+
+    def claim(
+        self,
+        stage: Stage,
+        worker: str,
+        *,
+        host: str,
+        pid: int,
+        lease_seconds: float,
+        warm_base: str | None = None,
+        affinity_seconds: float = 60.0,
+    ) -> Claim | None:
+        """Take the best ready run of a stage, or None when there is none.
+
+        Runs whose lease has expired are taken back first. With ``warm_base`` a run of that base
+        goes before the others, unless one of them has waited longer than ``affinity_seconds``.
+        Raises Unavailable.
+        """
+
+        def work(connection: Connection) -> Claim | None:
+            self._expire(connection, stage)
+            picked = self._pick(connection, stage, warm_base, affinity_seconds)
+            if picked is None:
+                return None
+            taken = self._take(connection, picked, worker, lease_seconds)
+            if taken is None:
+                return None
+            self._insert_attempt(connection, taken, picked.ready_at, worker, host, pid)
+            self._note_start(connection, taken)
+            return Claim(self._task(connection, taken), taken.tenant, worker, lease_seconds)
+
+        return self._write(work)
+
+    def _pick(
+        self, connection: Connection, stage: Stage, warm_base: str | None, affinity_seconds: float
+    ) -> Row[Any] | None:
+        order = claim_order(stage)
+        if warm_base is not None:
+            waited = self.now - run.c.ready_at
+            warm = sa.or_(run.c.base == warm_base, waited > affinity_seconds)
+            order = (order[0], sa.case((warm, 0), else_=1), *order[1:])
+        query: sa.Select[Any] = (
+            sa.select(run.c.id, run.c.ready_at, run.c.fence)
+            .where(run.c.stage == stage, run.c.state == RunState.ready)
+            .where(sa.or_(run.c.not_before.is_(None), run.c.not_before <= self.now))
+            .order_by(*order)
+            .limit(1)
+        )
+        if not self.sqlite:
+            query = query.with_for_update(of=run, skip_locked=True)
+        return connection.execute(query).one_or_none()
+
+    def _take(
+        self, connection: Connection, picked: Row[Any], worker: str, lease_seconds: float
+    ) -> Row[Any] | None:
+        return connection.execute(
+            sa.update(run)
+            .where(run.c.id == picked.id, run.c.state == RunState.ready)
+            .where(run.c.fence == picked.fence)
+            .values(
+                state=RunState.running,
+                fence=run.c.fence + 1,
+                attempts=run.c.attempts + 1,
+                owner=worker,
+                lease_until=self.now + lease_seconds,
+                progress_at=self.now,
+            )
+            .returning(run)
+        ).one_or_none()
+
+    def _insert_attempt(
+        self,
+        connection: Connection,
+        taken: Row[Any],
+        ready_at: float,
+        worker: str,
+        host: str,
+        pid: int,
+    ) -> None:
+        earlier = sa.select(sa.func.count()).where(attempt.c.run_id == taken.id).scalar_subquery()
+        connection.execute(
+            sa.insert(attempt).values(
+                run_id=taken.id,
+                fence=taken.fence,
+                number=earlier + 1,
+                stage=taken.stage,
+                worker=worker,
+                host=host,
+                pid=pid,
+                ready_at=ready_at,
+                claimed_at=self.now,
+                cached=False,
+            )
+        )
+
+    def _note_start(self, connection: Connection, taken: Row[Any]) -> None:
+        """The first claim starts the job; a training's claim makes it running."""
+        mine = job.c.id == taken.job_id
+        started = connection.execute(
+            sa.update(job).where(mine, job.c.started_at.is_(None)).values(started_at=self.now)
+        )
+        if started.rowcount or taken.stage == Stage.training:
+            self._advance(connection, taken.job_id)
+
+    def _task(self, connection: Connection, taken: Row[Any]) -> StageTask:
+        spec = connection.execute(
+            sa.select(job.c.spec).where(job.c.id == taken.job_id)
+        ).scalar_one()
+        done = connection.execute(
+            sa.select(run).where(run.c.job_id == taken.job_id, run.c.state == RunState.done)
+        ).all()
+        inputs = sorted(
+            (output_view(row) for row in done),
+            key=lambda out: (pipeline.ORDER.index((out.stage, out.step)), out.shard),
+        )
+        return StageTask(
+            job_id=taken.job_id,
+            run_id=taken.id,
+            fence=taken.fence,
+            stage=Stage(taken.stage),
+            step=Step(taken.step),
+            shard=taken.shard,
+            spec=JobSpec.model_validate(spec),
+            plan=taken.plan,
+            inputs=tuple(inputs),
+            resume=CheckpointRef.model_validate(taken.checkpoint) if taken.checkpoint else None,
+        )
+
+    def _expire(self, connection: Connection, stage: Stage | None = None) -> list[str]:
+        """Take back runs whose lease has run out; park those that have no attempt left.
+
+        Returns the ids of the runs taken back.
+        """
+        overdue = sa.select(run).where(
+            run.c.state == RunState.running, run.c.lease_until < self.now
+        )
+        if stage is not None:
+            overdue = overdue.where(run.c.stage == stage)
+        if not self.sqlite:
+            overdue = overdue.with_for_update(skip_locked=True)
+        taken = []
+        for row in connection.execute(overdue).all():
+            self._take_back(connection, row)
+            taken.append(row.id)
+        return taken
+
+    def _take_back(self, connection: Connection, row: Row[Any]) -> None:
+        error = WorkerLost(
+            f"{row.owner} stopped renewing its lease on {row.stage} {row.step} {row.shard}"
+        )
+        parked = row.attempts >= row.max_attempts
+        connection.execute(
+            sa.update(run)
+            .where(run.c.id == row.id)
+            .values(
+                state=RunState.parked if parked else RunState.ready,
+                last_error=error.to_dict(),
+                owner=None,
+                lease_until=None,
+                ready_at=self.now,
+                rung_at=None,
+                not_before=None,
+            )
+        )
+        self._end_attempt(connection, row.id, row.fence, AttemptOutcome.lost, error=error)
+        owner = self._lock_job(connection, row.job_id)
+        assert owner is not None
+        if parked:
+            message = f"{error}, {row.attempts} times without progress"
+            self._finish_job(
+                connection, owner, JobState.failed, JobError(code="worker_lost", message=message)
+            )
+        self._append(
+            connection,
+            row.job_id,
+            [NewEvent(message=str(error), level="error" if parked else "warn")],
+        )
+        self._advance(connection, row.job_id)
+
+    def _update_held(self, connection: Connection, claim: Claim, values: dict[str, Any]) -> bool:
+        """Change the run if this attempt still holds it; False when it does not."""
+        changed = connection.execute(sa.update(run).where(*mine(claim)).values(**values))
+        return changed.rowcount == 1
+
+    def _held(self, connection: Connection, claim: Claim) -> Row[Any] | None:
+        return connection.execute(sa.select(run).where(*mine(claim))).one_or_none()
+
+
+def mine(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
+    """The run, if this attempt still holds it."""
+    return (
+        run.c.id == claim.run_id,
+        run.c.fence == claim.fence,
+        run.c.state == RunState.running,
+    )
+
+
+def fenced(claim: Claim) -> Fenced:
+    """The error of an attempt that does not."""
+    return Fenced(
+        f"run {claim.run_id} is no longer held under fence {claim.fence}; "
+        "nothing of this attempt was committed"
+    )
