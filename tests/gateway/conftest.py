@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -11,9 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
+import structlog
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llamahome.client import Client
 from llamahome.config import Settings
@@ -50,14 +54,19 @@ STAGE_OF = {
 }
 
 
+Gateway = contextlib.AbstractContextManager[tuple[ASGIApp, GatewayDeps]]
+
+
 class CountingBell:
     """Notes that somebody rang; waking is not what these tests are about."""
 
     def __init__(self) -> None:
         self.rung: list[Stage] = []
+        self.heard = threading.Event()
 
     def ring(self, stage: Stage, *, count: int = 1, recover: bool = False) -> None:
         self.rung.append(stage)
+        self.heard.set()
 
 
 @pytest.fixture(scope="session")
@@ -70,52 +79,82 @@ def empty_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Door:
+    """The one server of the session; each test puts its own app behind it."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+@pytest.fixture(scope="session")
+def start_gateway(empty_ledger: Path) -> Callable[[Path], Gateway]:
+    """A gateway over a given folder: ``with start_gateway(folder) as (app, deps)``."""
+
+    @contextlib.contextmanager
+    def start(state: Path) -> Iterator[tuple[ASGIApp, GatewayDeps]]:
+        shutil.copy(empty_ledger, state / "ledger.sqlite3")
+        settings = Settings(state=state, max_file_bytes=1_000_000)
+        ledger = Ledger(settings.ledger)
+        ledger.add_base("tiny", "/bases/tiny", "0" * 64)
+        storage = open_storage(settings.storage)
+        admission = Admission(ledger, storage, settings, CountingBell())
+        deps = GatewayDeps(ledger, storage, admission, settings)
+        with contextlib.closing(ledger):
+            yield create_app(deps), deps
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[tuple[str, Door]]:
+    """A real server on a free port of loopback, in a thread."""
+    door = Door()
+    config = uvicorn.Config(door, log_config=None, lifespan="off", ws="none", access_log=False)
+    server = uvicorn.Server(config)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)  # connections wait here until the server accepts them
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", door
+        server.should_exit = True
+        thread.join()
+
+
 @pytest.fixture
-def settings(tmp_path: Path, empty_ledger: Path) -> Settings:
+def bell(deps: GatewayDeps) -> CountingBell:
+    bell = deps.admission._bell
+    assert isinstance(bell, CountingBell)
+    return bell
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[Any]]:
+    """What the gateway logged in this test."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
+
+
+@pytest.fixture
+def deps(
+    tmp_path: Path,
+    start_gateway: Callable[[Path], Gateway],
+    served: tuple[str, Door],
+) -> Iterator[GatewayDeps]:
+    """What the test's gateway stands on; it is served at ``url`` while the test runs."""
     state = tmp_path / "state"
     state.mkdir()
-    shutil.copy(empty_ledger, state / "ledger.sqlite3")
-    return Settings(state=state, max_file_bytes=1_000_000)
+    with start_gateway(state) as (app, parts):
+        served[1].app = app
+        yield parts
 
 
 @pytest.fixture
-def deps(settings: Settings) -> Iterator[GatewayDeps]:
-    ledger = Ledger(settings.ledger)
-    storage = open_storage(settings.storage)
-    admission = Admission(ledger, storage, settings, CountingBell())
-    ledger.add_base("tiny", "/bases/tiny", "0" * 64)
-    yield GatewayDeps(ledger, storage, admission, settings)
-    ledger.close()
-
-
-@pytest.fixture
-def url(deps: GatewayDeps) -> Iterator[str]:
+def url(served: tuple[str, Door], deps: GatewayDeps) -> str:
     """The gateway's URL, without /v1."""
-    with serving(deps) as address:
-        yield address
-
-
-class serving:
-    """A gateway over ``deps`` in a thread, as a context manager that yields its URL."""
-
-    def __init__(self, deps: GatewayDeps) -> None:
-        config = uvicorn.Config(
-            create_app(deps), log_config=None, lifespan="off", ws="none", access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(64)  # connections wait here until the server accepts them
-        self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
-
-    def __enter__(self) -> str:
-        self._thread.start()
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-        self._listener.close()
+    return served[0]
 
 
 @pytest.fixture
@@ -123,28 +162,33 @@ def key(deps: GatewayDeps) -> str:
     return deps.ledger.create_key("acme").key
 
 
+@pytest.fixture(scope="session")
+def http() -> Iterator[httpx2.Client]:
+    """One client for all tests: making one reads the certificates of the machine."""
+    with httpx2.Client(timeout=30) as client:
+        yield client
+
+
 @pytest.fixture
-def stock(url: str, key: str) -> Iterator[openai.OpenAI]:
+def stock(url: str, key: str, http: httpx2.Client) -> openai.OpenAI:
     """The stock client, as a tenant's service would make it."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
-        yield client
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http)
 
 
 @pytest.fixture
-def strict(url: str, key: str) -> Iterator[openai.OpenAI]:
+def strict(url: str, key: str, http: httpx2.Client) -> openai.OpenAI:
     """The stock client, refusing whatever is not in its own schema."""
-    with openai.OpenAI(
-        base_url=f"{url}/v1", api_key=key, max_retries=0, _strict_response_validation=True
-    ) as client:
-        yield client
+    return openai.OpenAI(
+        base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http,
+        _strict_response_validation=True,
+    )  # fmt: skip
 
 
 @pytest.fixture
-def stranger(url: str, deps: GatewayDeps) -> Iterator[openai.OpenAI]:
+def stranger(url: str, deps: GatewayDeps, http: httpx2.Client) -> openai.OpenAI:
     """The stock client with another tenant's key."""
     other = deps.ledger.create_key("rival").key
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=other, max_retries=0) as client:
-        yield client
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=other, max_retries=0, http_client=http)
 
 
 @pytest.fixture
@@ -184,19 +228,20 @@ def drive(deps: GatewayDeps, tmp_path: Path) -> Callable[[str, JobState], Claim 
 
     Returns the claim that is still held in that state, if one is.
     """
+    held: dict[str, Claim] = {}
 
     def do(job_id: str, state: JobState) -> Claim | None:
-        held: Claim | None = None
         while (job := deps.ledger.job(job_id)).state is not state:
-            if held is not None:
-                deps.ledger.complete(held, _result(held, deps.storage, tmp_path))
-                held = None
+            if job_id in held:
+                claim = held.pop(job_id)
+                deps.ledger.complete(claim, _result(claim, deps.storage, tmp_path))
                 continue
-            held = deps.ledger.claim(
+            taken = deps.ledger.claim(
                 STAGE_OF[job.state], "worker-1", host="host-1", pid=1, lease_seconds=30
             )
-            assert held is not None, f"nothing to claim for {job_id} in {job.state}"
-        return held
+            assert taken is not None, f"nothing to claim for {job_id} in {job.state}"
+            held[job_id] = taken
+        return held.get(job_id)
 
     return do
 

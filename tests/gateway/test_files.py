@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+import socket
+import urllib.parse
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -56,9 +58,7 @@ def test_files_are_filtered_by_purpose(stock: openai.OpenAI) -> None:
     assert [file.id for file in stock.files.list(purpose="fine-tune")] == [kept.id]
 
 
-def test_an_upload_that_the_client_repeats_is_one_file(
-    stock: openai.OpenAI, rows: bytes
-) -> None:
+def test_an_upload_that_the_client_repeats_is_one_file(stock: openai.OpenAI, rows: bytes) -> None:
     def send(retries: int, name: str = "rows.jsonl", data: bytes = rows) -> Any:
         return stock.files.with_raw_response.create(
             file=(name, data), purpose="fine-tune",
@@ -100,9 +100,7 @@ def test_the_stock_client_repeats_an_upload_whose_answer_was_lost(
     assert [file.id for file in files] == [made.id]
 
 
-def test_a_file_over_the_limit_is_refused_with_413(
-    stock: openai.OpenAI, deps: GatewayDeps
-) -> None:
+def test_a_file_over_the_limit_is_refused_with_413(stock: openai.OpenAI, deps: GatewayDeps) -> None:
     limit = deps.settings.max_file_bytes
     stock.files.create(file=("fits.jsonl", b"x" * limit), purpose="fine-tune")
     for size in (limit + 1, 20 * limit):
@@ -126,10 +124,10 @@ def test_a_file_over_the_limit_is_refused_with_413(
     ],
 )  # fmt: skip
 def test_a_form_that_is_not_understood_is_refused(
-    url: str, key: str, form: dict[str, Any], code: str, param: str | None
+    url: str, key: str, http: httpx2.Client, form: dict[str, Any], code: str, param: str | None
 ) -> None:
     headers = {"authorization": f"Bearer {key}"}
-    answer = httpx2.post(f"{url}/v1/files", headers=headers, **form)
+    answer = http.post(f"{url}/v1/files", headers=headers, **form)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
@@ -140,10 +138,45 @@ def test_a_name_with_folders_is_only_a_label(stock: openai.OpenAI) -> None:
     assert made.filename == "passwd"
 
 
-def test_an_upload_without_a_key_is_refused_before_its_body_is_parsed(url: str) -> None:
+def test_an_upload_without_a_key_is_refused_before_its_body_is_parsed(
+    url: str, http: httpx2.Client
+) -> None:
     headers = {"content-type": "multipart/form-data"}  # no boundary: parsing it would be a 400
-    answer = httpx2.post(f"{url}/v1/files", content=b"x" * 5_000_000, headers=headers)
+    answer = http.post(f"{url}/v1/files", content=b"x" * 5_000_000, headers=headers)
     assert answer.status_code == 401
+
+
+@pytest.fixture
+def half_an_upload(url: str, key: str) -> Iterator[socket.socket]:
+    """A connection whose upload has begun and does not go on."""
+    address = urllib.parse.urlsplit(url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        head = (
+            f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 900000\r\n\r\n"
+            '--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        )
+        connection.sendall(head.encode() + b"x" * 300_000)
+        yield connection
+
+
+def test_an_upload_that_stalls_does_not_hold_up_others(
+    half_an_upload: socket.socket, stock: openai.OpenAI, rows: bytes
+) -> None:
+    for _ in range(3):
+        assert stock.files.create(file=("rows.jsonl", rows), purpose="fine-tune").bytes
+
+
+def test_a_client_that_goes_away_midway_leaves_nothing_and_is_no_error(
+    half_an_upload: socket.socket, http: httpx2.Client, url: str, deps: GatewayDeps, logs: list[Any]
+) -> None:
+    half_an_upload.close()
+    while not logs:  # each request gives the server a turn to notice
+        http.get(f"{url}/healthz")
+    assert [(entry["event"], entry["log_level"]) for entry in logs] == [
+        ("client went away", "info")
+    ]
+    assert deps.ledger.files("acme") == ([], False)
 
 
 def test_another_tenants_file_is_not_found(

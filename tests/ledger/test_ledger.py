@@ -99,6 +99,7 @@ def test_a_job_goes_from_accepted_to_succeeded_through_every_stage(
         (Stage.training, Step.train, 0),
     ]
     assert all(run.state is RunState.done and len(run.attempts) == 1 for run in runs)
+    assert [out.shard for out in ledger.outputs(job.id)] == [0, 1, 2, 0, 0, 1, 0, 0]
     done = ledger.job(job.id)
     assert done.adapter is not None
     assert done.finished_at is not None
@@ -428,6 +429,10 @@ def test_jobs_page_newest_first_without_repeats_and_by_tenant(
     found, _ = ledger.jobs("acme", metadata={"team": "acme"})
     assert len(found) == 5
     assert ledger.jobs("acme", metadata={"team": "x"}) == ([], False)
+    odd = {'a"b\\': "1", "größe": "x"}
+    spec = make_spec().model_copy(update={"metadata": odd})
+    marked, _ = ledger.submit(spec)
+    assert [job.id for job in ledger.jobs("acme", metadata=odd)[0]] == [marked.id]
     assert ledger.jobs("acme", without_metadata=True) == ([], False)
     with pytest.raises(NotFound):
         ledger.job(made[0], "other")

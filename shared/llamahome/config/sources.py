@@ -48,6 +48,11 @@ def resolve_training_config(
     return parse_training_config(merged, source="configuration")
 
 
+# libyaml's loader is several times faster, and it is read for every job that is accepted; both
+# are safe ones, which make nothing but plain values.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """``above`` laid over ``below``: mappings are merged, everything else is replaced."""
     if not isinstance(above, Mapping):
@@ -107,7 +112,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 
 def parse_yaml_mapping(text: str, *, source: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else None

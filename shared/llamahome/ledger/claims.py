@@ -162,10 +162,7 @@ class Claims(Jobs):
         done = connection.execute(
             sa.select(run).where(run.c.job_id == taken.job_id, run.c.state == RunState.done)
         ).all()
-        inputs = sorted(
-            (output_view(row) for row in done),
-            key=lambda out: (pipeline.ORDER.index((out.stage, out.step)), out.shard),
-        )
+        inputs = pipeline.in_order(output_view(row) for row in done)
         return StageTask(
             job_id=taken.job_id,
             run_id=taken.id,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import IntegrityError
 
@@ -14,7 +15,8 @@ from llamahome.errors import InvalidState, LlamaHomeError, NotFound
 from llamahome.ledger import pipeline
 from llamahome.ledger.backend import new_id
 from llamahome.ledger.fairness import claim_order
-from llamahome.ledger.rows import event_view, job_view, run_view
+from llamahome.ledger.pipeline import in_order
+from llamahome.ledger.rows import event_view, job_view, output_view, run_view
 from llamahome.ledger.tables import attempt, checkpoint, event, job, run
 from llamahome.ledger.transitions import Transitions
 from llamahome.schemas import (
@@ -27,6 +29,7 @@ from llamahome.schemas import (
     JobState,
     NewEvent,
     Run,
+    RunOutput,
     RunState,
     Stage,
 )
@@ -191,7 +194,7 @@ class Jobs(Transitions):
             if submission_id is not None:
                 query = query.where(job.c.submission_id == submission_id)
             for key, value in (metadata or {}).items():
-                query = query.where(job.c.metadata[key].as_string() == value)
+                query = query.where(self._has_metadata(key, value))
             if without_metadata:
                 query = query.where(sa.cast(job.c.metadata, sa.Text) == "{}")
             if after is not None:
@@ -203,6 +206,13 @@ class Jobs(Transitions):
             return [job_view(row) for row in rows[:limit]], len(rows) > limit
 
         return self._read(work)
+
+    def _has_metadata(self, key: str, value: str) -> sa.ColumnElement[bool]:
+        """By key and value, not by a JSON path: SQLite's paths cannot name every key."""
+        if not self.sqlite:
+            return sa.cast(job.c.metadata, postgresql.JSONB).contains({key: value})
+        pairs = sa.func.json_each(job.c.metadata).table_valued("key", "value")
+        return sa.exists().where(pairs.c.key == key, pairs.c.value == value)
 
     def active_jobs(self, tenant: str) -> int:
         """How many of the tenant's jobs have not ended."""
@@ -224,10 +234,13 @@ class Jobs(Transitions):
                 tries.setdefault(row.run_id, []).append(row)
             return [run_view(row, tries.get(row.id, ())) for row in rows]
 
-        return sorted(
-            self._read(work),
-            key=lambda view: (pipeline.ORDER.index((view.stage, view.step)), view.shard),
-        )
+        return in_order(self._read(work))
+
+    def outputs(self, job_id: str) -> list[RunOutput]:
+        """What the job's finished runs have handed on, in pipeline order."""
+        query = sa.select(run).where(run.c.job_id == job_id, run.c.state == RunState.done)
+        rows = self._read(lambda connection: connection.execute(query).all())
+        return in_order(output_view(row) for row in rows)
 
     def events(
         self,

@@ -7,7 +7,7 @@ done. It is re-derived from the rows, never counted, so doing it twice is harmle
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from llamahome.schemas import FileRef, JobSpec, JobState, JsonObject, RunState, Stage, Step
 
@@ -18,6 +18,26 @@ ORDER: tuple[tuple[Stage, Step], ...] = (
     (Stage.preprocessing, Step.close),
     (Stage.training, Step.train),
 )
+
+
+class Placed(Protocol):
+    """Anything that has a place in the pipeline."""
+
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def step(self) -> Step: ...
+    @property
+    def shard(self) -> int: ...
+
+
+P = TypeVar("P", bound=Placed)
+
+
+def in_order(things: Iterable[P]) -> list[P]:
+    """Sorted by stage, step and shard, as the pipeline runs them."""
+    return sorted(things, key=lambda thing: (ORDER.index((thing.stage, thing.step)), thing.shard))
+
 
 # The stage whose shards a close step plans.
 NEXT_SHARDS: dict[Stage, Stage] = {Stage.validation: Stage.preprocessing}

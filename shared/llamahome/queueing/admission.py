@@ -6,6 +6,7 @@ tenant's quota, and writes the job. Accepted means durable; the doorbell after i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Mapping
@@ -99,11 +100,17 @@ class Admission:
         Raises InvalidData where it is larger than ``max_file_bytes``, Unavailable where it cannot
         be written; then nothing half-made stays.
         """
-        with tempfile.TemporaryFile(dir=self._scratch()) as spool:
-            digest, size = _copy_hashed(stream, spool, self._settings.max_file_bytes, filename)
-            spool.seek(0)
+        limit = self._settings.max_file_bytes
+        with contextlib.ExitStack() as stack:
+            source = stream
+            if stream.seekable():
+                digest, size = _hash(stream, limit, filename)
+            else:
+                source = stack.enter_context(tempfile.TemporaryFile(dir=self._scratch()))
+                digest, size = _hash(stream, limit, filename, copy=source)
+            source.seek(0)
             path = layout.upload_path(tenant, digest)
-            self._storage.put(path, spool)
+            self._storage.put(path, source)
         return self._ledger.add_file(
             tenant, filename=filename, purpose=purpose, path=path, sha256=digest, bytes=size
         )
@@ -215,8 +222,10 @@ class Admission:
         return str(root)
 
 
-def _copy_hashed(source: BinaryIO, target: Any, max_bytes: int, filename: str) -> tuple[str, int]:
-    """Copy a stream, hashing it: (sha256 hex, bytes). Raises InvalidData past ``max_bytes``."""
+def _hash(
+    source: BinaryIO, max_bytes: int, filename: str, *, copy: BinaryIO | None = None
+) -> tuple[str, int]:
+    """(sha256 hex, bytes) of a stream, copied on the way. Raises InvalidData past ``max_bytes``."""
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(COPY_BYTES):
         size += len(chunk)
@@ -226,5 +235,6 @@ def _copy_hashed(source: BinaryIO, target: Any, max_bytes: int, filename: str) -
                 remedy="Split it, or have the operator raise LLAMAHOME_MAX_FILE_BYTES",
             )  # fmt: skip
         digest.update(chunk)
-        target.write(chunk)
+        if copy is not None:
+            copy.write(chunk)
     return digest.hexdigest(), size

@@ -1,0 +1,89 @@
+"""The canonical conversation: what every format becomes, and the only thing later steps see."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamahome.schemas import JsonObject
+
+ASSISTANT = "assistant"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in their order, already checked by ``rows.parse_row``.
+
+    A message has ``role`` (system, user, assistant or tool), ``content`` (missing only where an
+    assistant turn is made of tool calls), and optionally ``weight`` (0: not trained), ``name``,
+    ``tool_calls``, ``tool_call_id``, ``reasoning_content``. Neither may be changed in place.
+    """
+
+    messages: tuple[JsonObject, ...]
+    tools: tuple[JsonObject, ...] = ()
+
+    def to_json(self) -> JsonObject:
+        """Keys in a fixed order; ``tools`` only where there are any."""
+        body: JsonObject = {"messages": list(self.messages)}
+        return body | {"tools": list(self.tools)} if self.tools else body
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Conversation:
+        """The inverse of :meth:`to_json`; further keys (file, line) are left alone."""
+        return cls(tuple(body["messages"]), tuple(body.get("tools", ())))
+
+    def digest(self) -> bytes:
+        """sha256, 32 bytes: equal for rows that differ in key order and JSON whitespace only."""
+        return hashlib.sha256(dump(self.to_json(), sort_keys=True)).digest()
+
+    def assistant_turns(self) -> tuple[int, ...]:
+        """Indices of the assistant's messages."""
+        return tuple(i for i, message in enumerate(self.messages) if message["role"] == ASSISTANT)
+
+    def trained_turns(self, scope: str) -> frozenset[int]:
+        """Indices of the assistant messages that ``scope`` trains; ``weight`` 0 is never in it."""
+        turns = self.assistant_turns()
+        if scope == "last":
+            turns = turns[-1:]
+        return frozenset(turn for turn in turns if self.messages[turn].get("weight", 1) == 1)
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every string that came from outside, as (role, text); tools count as the system's."""
+        for message in self.messages:
+            for key, value in message.items():
+                if key != "role":
+                    yield from ((message["role"], text) for text in _strings(value))
+        yield from (("system", text) for text in _strings(list(self.tools)))
+
+
+def dump(value: Any, *, sort_keys: bool = False) -> bytes:
+    """Compact UTF-8 JSON. Raises UnicodeEncodeError on a lone surrogate."""
+    return (_SORTED if sort_keys else _PLAIN).encode(value).encode()
+
+
+_PLAIN, _SORTED = (
+    json.JSONEncoder(
+        ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, separators=(",", ":")
+    )
+    for sort_keys in (False, True)
+)
+
+
+def json_digest(value: Any) -> str:
+    """sha256 hex of a JSON value, whatever its key order."""
+    return hashlib.sha256(dump(value, sort_keys=True)).hexdigest()
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)

@@ -1,0 +1,210 @@
+"""A base's tokenizer, from its files, with the ``tokenizers`` library alone.
+
+Only ``tokenizer.json`` is read for the vocabulary; ``tokenizer_config.json`` and
+``special_tokens_map.json`` add the names of special tokens and the chat template, with the same
+precedence transformers has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Encoding, Tokenizer
+
+from llamahome.conversations.templates import FALLBACK_TEMPLATE
+from llamahome.errors import InvalidConfig, NotFound
+from llamahome.schemas import JsonObject
+
+TOKENIZER_JSON = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE)
+_NAMED = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+# A control token's other name, which no text of a row may hold (``chat`` sees to it).
+RENAME_MARKS = ("\U0010fffc", "\U0010fffd")
+
+
+def tokenizer_files(base_dir: Path) -> list[Path]:
+    """The base's tokenizer files that are there, in a fixed order; tokenizer.json must be.
+
+    Raises NotFound (no such folder) and InvalidConfig (no tokenizer.json), with the remedy.
+    """
+    if not base_dir.is_dir():
+        raise NotFound(
+            "the base's folder is not there", code="model_not_found", file=str(base_dir),
+            remedy="Mount it on this worker, or register the base again with its new folder",
+        )  # fmt: skip
+    found = [base_dir / name for name in _FILES if (base_dir / name).is_file()]
+    if not found or found[0].name != TOKENIZER_JSON:
+        raise InvalidConfig(
+            "the base has no tokenizer.json", code="invalid_base", file=str(base_dir),
+            remedy="Save its tokenizer once with AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...)",
+        )  # fmt: skip
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AddedName:
+    """An added token: its text, its id, and whether it is declared special."""
+
+    text: str
+    id: int
+    special: bool
+
+
+class ChatTokenizer:
+    """Text to ids. ``encode`` gives offsets in characters, untrimmed; nothing is ever added.
+
+    ``named`` are the special tokens by name (bos_token, ...); ``templates`` the base's own chat
+    templates by name, empty where it has none; ``digest`` the sha256 over all that decides ids.
+    """
+
+    def __init__(self, document: JsonObject, config: Mapping[str, Any]) -> None:
+        """Raises InvalidConfig where the tokenizer cannot be read."""
+        # The post-processor would only trim offsets here, and templates write bos themselves.
+        plain = {**document, "truncation": None, "padding": None, "post_processor": None}
+        try:
+            tokenizer = Tokenizer.from_str(json.dumps(plain))
+        except Exception as error:  # the library raises bare Exception
+            raise InvalidConfig(
+                f"the tokenizer cannot be read: {error}", code="invalid_base", file=TOKENIZER_JSON
+            ) from None
+        self.named = _named_tokens(config)
+        _add_missing(tokenizer, config, self.named)
+        self._tokenizer = tokenizer
+        self._text = tokenizer.to_str()
+        self.templates = _templates(config)
+        self.added = tuple(
+            AddedName(token.content, id, token.special)
+            for id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        )
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        identity = json.dumps([json.loads(self._text), self.named], sort_keys=True)
+        self.digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @classmethod
+    def load(cls, base_dir: Path) -> ChatTokenizer:
+        """Read the base's files. Raises NotFound and InvalidConfig naming the file."""
+        files = {path.name: path for path in tokenizer_files(base_dir)}
+        config: JsonObject = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if name in files:
+                config |= _read_json(files[name])
+        if TEMPLATE_FILE in files:
+            config["chat_template"] = _read(files[TEMPLATE_FILE])
+        return cls(_read_json(files[TOKENIZER_JSON]), config)
+
+    def encode(self, text: str) -> Encoding:
+        """Ids and character offsets of ``text``, with every added token recognised."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def renamed(self, names: Collection[str]) -> Tokenizer:
+        """A twin that knows each token of ``names`` under its other name only, with the same id.
+
+        In text for the twin, ``other_name(token)`` is the control token, and the token's usual
+        spelling is text like any other.
+        """
+        document = json.loads(self._text)
+        other = {name: other_name(name) for name in names}
+        for token in document["added_tokens"]:
+            token["content"] = other.get(token["content"], token["content"])
+        model = document["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {other.get(key, key): id for key, id in model["vocab"].items()}
+        else:
+            model["vocab"] = [[other.get(key, key), score] for key, score in model["vocab"]]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = other.get(model["unk_token"], model["unk_token"])
+        twin = Tokenizer.from_str(json.dumps(document))
+        for name, new in other.items():
+            if twin.token_to_id(new) != self._tokenizer.token_to_id(name):
+                raise InvalidConfig(
+                    f"the token {name!r} cannot be kept apart from text", code="invalid_base",
+                    file=TOKENIZER_JSON,
+                )  # fmt: skip
+        return twin
+
+    def template_for(self, *, tools: bool) -> str:
+        """The chat template for rows with or without tools; the fallback where there is none.
+
+        Raises InvalidConfig where the base has several and none is called default.
+        """
+        if not self.templates:
+            return FALLBACK_TEMPLATE
+        if tools and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        if "default" not in self.templates:
+            raise InvalidConfig(
+                f"chat templates {', '.join(sorted(self.templates))}, but none is called default",
+                code="invalid_base", field="chat_template",
+            )  # fmt: skip
+        return self.templates["default"]
+
+
+def other_name(token: str) -> str:
+    return f"{RENAME_MARKS[0]}{token}{RENAME_MARKS[1]}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(
+            f"cannot be read: {error}", code="invalid_base", file=str(path)
+        ) from None
+
+
+def _read_json(path: Path) -> JsonObject:
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise InvalidConfig(f"broken JSON: {error}", code="invalid_base", file=str(path)) from None
+    if not isinstance(content, dict):
+        raise InvalidConfig("must be a JSON object", code="invalid_base", file=str(path))
+    return content
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """``{"bos_token": "<s>", ...}``; a token is written as text or as an object with content."""
+    found = {}
+    for name in _NAMED:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens that the configuration declares and tokenizer.json does not, as transformers does."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    declared = config.get("added_tokens_decoder")
+    entries = sorted(declared.items(), key=lambda item: int(item[0])) if declared else []
+    for _, entry in entries:
+        if entry["content"] not in known:
+            known.add(entry["content"])
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            tokenizer.add_tokens(
+                [AddedToken(entry["content"], **{k: entry[k] for k in flags if k in entry})]
+            )
+    for text in named.values():
+        if text not in known:
+            known.add(text)
+            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _templates(config: Mapping[str, Any]) -> dict[str, str]:
+    given = config.get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    if isinstance(given, list):
+        return {entry["name"]: entry["template"] for entry in given}
+    return {}

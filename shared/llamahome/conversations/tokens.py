@@ -1,0 +1,263 @@
+"""Token rows on disk: one safetensors file, written once, read through a memory map.
+
+Tensors (little-endian, in this order): ``offsets`` int64 [rows + 1], ``source_line`` int64 [rows],
+``ids`` int32 [tokens], ``source_file`` int32 [rows], ``trained`` uint8 [ceil(tokens / 8)], one bit
+a token, lowest bit first. Row ``i`` is ``ids[offsets[i]:offsets[i + 1]]``. The header and its
+``__metadata__`` hold names only, so equal rows give equal bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamahome.errors import CorruptArtifact
+
+__all__ = ["TokenRow", "TokenRows", "TokenRowsWriter", "read_token_rows", "write_token_rows"]
+
+_MAX_HEADER_BYTES = 1_000_000
+_CHUNK_BYTES = 1024 * 1024
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
+# Widest first, so that every tensor starts aligned to its own width.
+_LAYOUT = (
+    ("offsets", "I64"),
+    ("source_line", "I64"),
+    ("ids", "I32"),
+    ("source_file", "I32"),
+    ("trained", "U8"),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One tokenised conversation: ``ids`` int32 [n], ``trained`` bool [n], and where it stood.
+
+    ``source_file`` is the index of the file in its side's list of files; ``source_line`` is
+    1-based.
+    """
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    source_file: int = 0
+    source_line: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of one file. ``ids`` int32 [tokens], ``offsets`` int64 [rows + 1], both mapped;
+    ``trained`` bool [tokens], unpacked on reading; ``source_file`` int32 [rows],
+    ``source_line`` int64 [rows].
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+    source_file: NDArray[np.int32]
+    source_line: NDArray[np.int64]
+    metadata: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """``(ids int32 [n], trained bool [n])`` of row ``index``; views, not copies.
+
+        Raises IndexError outside ``[-len, len)``.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.ids[start:end], self.trained[start:end]
+
+    def token_row(self, index: int) -> TokenRow:
+        """Row ``index`` with its source. Raises IndexError."""
+        ids, trained = self.row(index)
+        return TokenRow(ids, trained, int(self.source_file[index]), int(self.source_line[index]))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def total_trained(self) -> int:
+        return int(np.count_nonzero(self.trained))
+
+
+class TokenRowsWriter:
+    """Writes rows as they come, in memory that grows with the rows (24 B each), not the tokens.
+
+    Tokens wait in two files beside ``path`` until :meth:`close` knows the header. To be used in a
+    ``with`` block, which closes; after an exception nothing is left behind.
+    """
+
+    def __init__(self, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Raises OSError."""
+        self._path = path
+        self._metadata = dict(metadata or {})
+        self._lengths: list[int] = []
+        self._sources: list[tuple[int, int]] = []
+        self._ids = path.with_name(f"{path.name}.ids").open("w+b")
+        self._trained = path.with_name(f"{path.name}.trained").open("w+b")
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> TokenRowsWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._assemble()
+        finally:
+            for spool in (self._ids, self._trained):
+                spool.close()
+                Path(spool.name).unlink()
+
+    def add(self, row: TokenRow) -> None:
+        """Append a row. Raises ValueError where ids and trained differ in shape, and OSError."""
+        if row.ids.ndim != 1 or row.ids.shape != row.trained.shape:
+            raise ValueError(f"ids have shape {row.ids.shape}, trained {row.trained.shape}")
+        self._ids.write(row.ids.astype(_DTYPES["I32"], copy=False).tobytes())
+        self._trained.write(row.trained.astype(np.bool_, copy=False).tobytes())
+        self._lengths.append(len(row.ids))
+        self._sources.append((row.source_file, row.source_line))
+
+    def _assemble(self) -> None:
+        files, lines = zip(*self._sources, strict=True) if self._sources else ((), ())
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._lengths, dtype=np.int64)])
+        rows, tokens = len(self._lengths), int(offsets[-1])
+        sizes = {
+            "offsets": rows + 1, "source_line": rows, "ids": tokens, "source_file": rows,
+            "trained": math.ceil(tokens / 8),
+        }  # fmt: skip
+        with self._path.open("wb") as out:
+            out.write(_header(sizes, self._metadata))
+            out.write(offsets.astype(_DTYPES["I64"], copy=False).tobytes())
+            out.write(np.array(lines, dtype=_DTYPES["I64"]).tobytes())
+            self._ids.seek(0)
+            shutil.copyfileobj(self._ids, out, _CHUNK_BYTES)
+            out.write(np.array(files, dtype=_DTYPES["I32"]).tobytes())
+            self._trained.seek(0)
+            # A multiple of 8, so that only the last byte of all is padded.
+            while chunk := self._trained.read(_CHUNK_BYTES):
+                bits = np.frombuffer(chunk, dtype=np.bool_)
+                out.write(np.packbits(bits, bitorder="little").tobytes())
+
+
+def write_token_rows(
+    path: Path, rows: Iterable[TokenRow], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``rows`` in their order. Raises ValueError (shapes differ) and OSError."""
+    with TokenRowsWriter(path, metadata=metadata) as writer:
+        for row in rows:
+            writer.add(row)
+
+
+def read_token_rows(path: Path) -> TokenRows:
+    """Map the file and check its layout. Raises CorruptArtifact naming what is wrong, and OSError.
+
+    An empty set of rows is fine: ``offsets`` is then ``[0]``.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as source:
+        header, start = _read_header(source, size, path)
+    metadata = header.pop("__metadata__", {})
+    arrays = {name: _map(path, header, name, code, start, size) for name, code in _LAYOUT}
+    _check(path, arrays)
+    tokens = len(arrays["ids"])
+    bits = np.unpackbits(arrays["trained"], count=tokens, bitorder="little")
+    return TokenRows(
+        ids=arrays["ids"],
+        offsets=arrays["offsets"],
+        trained=bits.view(np.bool_),
+        source_file=arrays["source_file"],
+        source_line=arrays["source_line"],
+        metadata=metadata if isinstance(metadata, dict) else {},
+    )
+
+
+def _header(sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, code in _LAYOUT:
+        start, end = end, end + sizes[name] * _DTYPES[code].itemsize
+        header[name] = {"dtype": code, "shape": [sizes[name]], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(source: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(source.read(8), "little")
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise CorruptArtifact(f"header of {length} bytes in {size} bytes", file=path.name)
+    try:
+        header = json.loads(source.read(length))
+    except ValueError as error:
+        raise CorruptArtifact(f"unreadable header: {error}", file=path.name) from None
+    if not isinstance(header, dict):
+        raise CorruptArtifact("the header is no object", file=path.name)
+    return header, 8 + length
+
+
+def _map(
+    path: Path, header: Mapping[str, Any], name: str, code: str, start: int, size: int
+) -> NDArray[Any]:
+    try:
+        entry = header[name]
+        found, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CorruptArtifact("tensor is missing or broken", file=path.name, field=name) from None
+    dtype = _DTYPES[code]
+    whole = all(isinstance(number, int) for number in (begin, end, *shape))
+    if found != code or not whole or len(shape) != 1 or shape[0] < 0 or begin < 0:
+        raise CorruptArtifact(
+            f"{found} {shape} where {code} [n] belongs", file=path.name, field=name
+        )
+    if end - begin != shape[0] * dtype.itemsize or start + end > size:
+        raise CorruptArtifact(
+            f"{shape[0]} elements of {dtype.itemsize} bytes in {begin}..{end} of a file with "
+            f"{size} bytes", file=path.name, field=name,
+        )  # fmt: skip
+    if shape[0] == 0:
+        return np.zeros(0, dtype)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=(shape[0],))
+    plain: NDArray[Any] = mapped.view(np.ndarray)
+    return plain
+
+
+def _check(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    offsets, tokens = arrays["offsets"], len(arrays["ids"])
+    rows = len(offsets) - 1
+    if rows < 0 or offsets[0] != 0 or offsets[-1] != tokens or np.any(np.diff(offsets) < 0):
+        raise CorruptArtifact(
+            f"offsets do not cover {tokens} tokens in order", file=path.name, field="offsets"
+        )
+    for name, expected in (
+        ("trained", math.ceil(tokens / 8)),
+        ("source_file", rows),
+        ("source_line", rows),
+    ):
+        if len(arrays[name]) != expected:
+            raise CorruptArtifact(
+                f"{len(arrays[name])} elements, expected {expected}", file=path.name, field=name
+            )

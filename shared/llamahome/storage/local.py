@@ -1,0 +1,209 @@
+"""Storage in a folder: a local disk or an NFS mount.
+
+A file or folder is written under a temporary name beside its place, every file is fsynced, the
+manifest comes last, then the folder is fsynced, renamed into place, and its parent fsynced. A crash
+at any point leaves either the whole artifact or a ``.tmp-`` folder nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from llamahome.errors import CorruptArtifact, NotFound, Unavailable
+from llamahome.schemas import MANIFEST_NAME, ArtifactRef, JsonObject, Manifest, ManifestEntry
+from llamahome.storage import manifest as manifests
+from llamahome.storage.paths import checked_path
+
+TEMPORARY_PREFIX = ".tmp-"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class LocalStorage:
+    """:class:`~llamahome.storage.protocol.Storage` in a folder, which is made when missing."""
+
+    def __init__(self, root: Path) -> None:
+        with _storage_errors(str(root)):
+            root.mkdir(parents=True, exist_ok=True)
+        self.root = Path(os.path.realpath(root))
+
+    def open(self, path: str) -> BinaryIO:
+        with _storage_errors(path):
+            return manifests.open_regular(self._real(path))
+
+    def put(self, path: str, source: BinaryIO) -> tuple[int, str]:
+        final = self._real(path)
+        temporary = self._temporary(final)
+        try:
+            with _storage_errors(path):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as target:
+                    found = manifests.copy_hashed(source, target)
+                    _flush(target)
+                if final.exists():
+                    _same_size(path, final.stat().st_size, found[0])
+                else:
+                    temporary.chmod(0o444)
+                    temporary.rename(final)
+                self._sync_upwards(final.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return found
+
+    def exists(self, path: str) -> bool:
+        place = self._real(path)
+        with _storage_errors(path):
+            return place.is_file() or (place / MANIFEST_NAME).is_file()
+
+    def size(self, path: str) -> int:
+        with _storage_errors(path):
+            return self._real(path).stat().st_size
+
+    def publish(
+        self, folder: Path, path: str, *, kind: str, facts: JsonObject | None = None
+    ) -> ArtifactRef:
+        final = self._real(path)
+        temporary = self._temporary(final)
+        try:
+            with _storage_errors(path):
+                manifest = self._write(folder, temporary, kind, facts)
+                self._move_into_place(temporary, final, path, manifest)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return manifests.artifact_ref(manifest, path)
+
+    def fetch(self, artifact: ArtifactRef, into: Path) -> Path:
+        """The storage's own folder, after every file was verified; ``into`` is not used."""
+        final = self._real(artifact.path)
+        with _storage_errors(artifact.path):
+            manifest = manifests.agreed_manifest(self._read_manifest(final), artifact)
+            for entry in manifest.files:
+                try:
+                    with manifests.open_regular(
+                        self._real(f"{artifact.path}/{entry.name}")
+                    ) as file:
+                        found = manifests.hash_stream(file)
+                except (FileNotFoundError, ValueError) as error:
+                    raise CorruptArtifact(
+                        f"in the manifest, but not there ({error})",
+                        file=f"{artifact.path}/{entry.name}",
+                    ) from None
+                manifests.check_entry(entry, found, artifact.path)
+        return final
+
+    def manifest(self, path: str) -> Manifest:
+        with _storage_errors(path):
+            return manifests.parse_manifest(self._read_manifest(self._real(path)), path)
+
+    def delete(self, path: str) -> None:
+        place = self._real(path)
+        with _storage_errors(path), contextlib.suppress(FileNotFoundError):
+            if place.is_dir():
+                # Out of sight first, so that nobody meets a half-deleted artifact.
+                trash = self._temporary(place)
+                place.rename(trash)
+                shutil.rmtree(trash)
+            else:
+                place.unlink()
+
+    def _real(self, path: str) -> Path:
+        place = self.root / checked_path(path)
+        if os.path.realpath(place) != str(place):
+            raise ValueError(f"{path!r} leads through a symlink")
+        return place
+
+    def _temporary(self, final: Path) -> Path:
+        return final.with_name(f"{TEMPORARY_PREFIX}{final.name[:100]}-{uuid.uuid4().hex}")
+
+    def _write(
+        self, folder: Path, temporary: Path, kind: str, facts: JsonObject | None
+    ) -> Manifest:
+        """Copy ``folder`` to ``temporary``, hashing on the way, everything fsynced."""
+        temporary.mkdir(parents=True)
+        entries = []
+        for name in manifests.files_below(folder):
+            target = temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with manifests.open_regular(folder / name) as source, target.open("xb") as copy:
+                size, sha256 = manifests.copy_hashed(source, copy)
+                _flush(copy)
+            target.chmod(0o444)
+            entries.append(ManifestEntry(name=name, bytes=size, sha256=sha256))
+        manifest = manifests.build_manifest(kind, entries, facts)
+        with (temporary / MANIFEST_NAME).open("xb") as out:
+            out.write(manifests.manifest_bytes(manifest))
+            _flush(out)
+        (temporary / MANIFEST_NAME).chmod(0o444)
+        for below, _, _ in os.walk(temporary):
+            _sync_folder(Path(below))
+        return manifest
+
+    def _move_into_place(self, temporary: Path, final: Path, path: str, manifest: Manifest) -> None:
+        if final.exists() and not (final / MANIFEST_NAME).is_file():
+            if any(final.rglob(MANIFEST_NAME)):
+                raise ValueError(f"{path!r} holds artifacts of its own and can become none")
+            self.delete(path)
+        try:
+            if not final.exists():
+                temporary.rename(final)
+        except OSError as error:
+            # Another attempt may have won, and NFS may report a rename that did happen.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
+                raise
+        wanted = manifests.artifact_ref(manifest, path).digest
+        found = manifests.artifact_ref(self.manifest(path), path).digest
+        if found != wanted:
+            raise manifests.other_content(path, found, wanted)
+        self._sync_upwards(final.parent)
+
+    def _read_manifest(self, folder: Path) -> bytes:
+        with manifests.open_regular(folder / MANIFEST_NAME) as source:
+            return source.read(manifests.MAX_MANIFEST_BYTES)
+
+    def _sync_upwards(self, folder: Path) -> None:
+        """fsync ``folder`` and those above it up to the root: new ones must survive as well."""
+        while folder != self.root:
+            _sync_folder(folder)
+            folder = folder.parent
+        _sync_folder(self.root)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _same_size(path: str, there: int, given: int) -> None:
+    if there != given:
+        raise CorruptArtifact(f"{there} bytes are stored, {given} were given", file=path)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    """OSErrors of the storage as the tree's own."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound("not in the storage", file=path) from None
+    except OSError as error:
+        full = error.errno in _FULL
+        raise Unavailable(
+            f"the storage answered: {error.strerror or error}",
+            code="storage_full" if full else "unavailable",
+            file=path,
+            remedy="Free space there and try again" if full else "See that it is mounted, writable",
+        ) from error

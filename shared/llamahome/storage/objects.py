@@ -1,0 +1,143 @@
+"""Storage in an object store, through fsspec: S3 and its like, and ``memory://``.
+
+There is no rename: data objects first, the manifest last, and one PUT is atomic. Nothing is written
+through ``fs.open(path, "wb")``, which commits a truncated object when its block raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from llamahome.errors import CorruptArtifact, NotFound, Unavailable
+from llamahome.schemas import MANIFEST_NAME, ArtifactRef, JsonObject, Manifest
+from llamahome.storage import manifest as manifests
+from llamahome.storage.paths import checked_path
+
+
+class ObjectStorage:
+    """:class:`~llamahome.storage.protocol.Storage` over an fsspec file system below ``root``."""
+
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self._fs = filesystem
+        self._root = root.rstrip("/")
+
+    def open(self, path: str) -> BinaryIO:
+        with _storage_errors(path):
+            return cast(BinaryIO, self._fs.open(self._key(path), "rb"))
+
+    def put(self, path: str, source: BinaryIO) -> tuple[int, str]:
+        with tempfile.NamedTemporaryFile(prefix="llamahome-put-") as local, _storage_errors(path):
+            found = manifests.copy_hashed(source, cast(BinaryIO, local))
+            local.flush()
+            if not self._fs.exists(self._key(path)):
+                self._fs.put_file(local.name, self._key(path))
+            self._check_size(path, found[0])
+        return found
+
+    def exists(self, path: str) -> bool:
+        with _storage_errors(path):
+            self._fs.invalidate_cache()
+            key = self._key(path)
+            return bool(self._fs.isfile(key) or self._fs.isfile(f"{key}/{MANIFEST_NAME}"))
+
+    def size(self, path: str) -> int:
+        with _storage_errors(path):
+            self._fs.invalidate_cache()
+            return int(self._fs.info(self._key(path))["size"])
+
+    def publish(
+        self, folder: Path, path: str, *, kind: str, facts: JsonObject | None = None
+    ) -> ArtifactRef:
+        with _storage_errors(path):
+            manifest = manifests.manifest_of(folder, kind, facts)
+            wanted = manifests.artifact_ref(manifest, path)
+            if self._published(path) is None:
+                for entry in manifest.files:
+                    name = f"{path}/{entry.name}"
+                    self._fs.put_file(str(folder / entry.name), self._key(name))
+                    self._check_size(name, entry.bytes)
+                self._put_manifest(path, manifests.manifest_bytes(manifest))
+            found = manifests.artifact_ref(self.manifest(path), path)
+        if found.digest != wanted.digest:
+            raise manifests.other_content(path, found.digest, wanted.digest)
+        return wanted
+
+    def fetch(self, artifact: ArtifactRef, into: Path) -> Path:
+        """``into`` with the verified files; removed again when one does not agree."""
+        raw = self._published(artifact.path)
+        if raw is None:
+            raise NotFound("not in the storage", file=artifact.path)
+        manifest = manifests.agreed_manifest(raw, artifact)
+        try:
+            for entry in manifest.files:
+                self._fetch_file(f"{artifact.path}/{entry.name}", into / entry.name)
+                with manifests.open_regular(into / entry.name) as source:
+                    manifests.check_entry(entry, manifests.hash_stream(source), artifact.path)
+        except BaseException:
+            shutil.rmtree(into, ignore_errors=True)
+            raise
+        return into
+
+    def manifest(self, path: str) -> Manifest:
+        raw = self._published(path)
+        if raw is None:
+            raise NotFound("not in the storage", file=path)
+        return manifests.parse_manifest(raw, path)
+
+    def delete(self, path: str) -> None:
+        """The manifest goes first: what is left is then no artifact."""
+        key = self._key(path)
+        with _storage_errors(path):
+            self._fs.invalidate_cache()
+            for name in (f"{key}/{MANIFEST_NAME}", key):
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm(name, recursive=name == key)
+
+    def _key(self, path: str) -> str:
+        return f"{self._root}/{checked_path(path)}"
+
+    def _published(self, path: str) -> bytes | None:
+        """The manifest's bytes, None where there is no artifact."""
+        with _storage_errors(path):
+            self._fs.invalidate_cache()
+            try:
+                return bytes(self._fs.cat_file(f"{self._key(path)}/{MANIFEST_NAME}"))
+            except FileNotFoundError:
+                return None
+
+    def _put_manifest(self, path: str, raw: bytes) -> None:
+        # "create" is If-None-Match: * on S3. Another attempt may win; the caller compares.
+        with contextlib.suppress(FileExistsError):
+            self._fs.pipe_file(f"{self._key(path)}/{MANIFEST_NAME}", raw, mode="create")
+
+    def _fetch_file(self, path: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _storage_errors(path):
+                self._fs.get_file(self._key(path), str(target))
+        except NotFound:
+            raise CorruptArtifact("in the manifest, but not there", file=path) from None
+
+    def _check_size(self, path: str, wanted: int) -> None:
+        found = self.size(path)
+        if found != wanted:
+            raise CorruptArtifact(f"{found} bytes are stored, {wanted} were given", file=path)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    """OSErrors of the object store as the tree's own."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound("not in the storage", file=path) from None
+    except OSError as error:
+        raise Unavailable(
+            f"the object store answered: {error}", file=path,
+            remedy="See that it is reachable and that the credentials may write there",
+        ) from error  # fmt: skip

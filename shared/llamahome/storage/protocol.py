@@ -1,0 +1,64 @@
+"""What a storage can do. Paths are relative, '/'-separated and below the storage root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from llamahome.schemas import ArtifactRef, JsonObject, Manifest
+
+
+class Storage(Protocol):
+    """Immutable files and artifacts.
+
+    An artifact is a folder whose manifest was written last: no manifest, no artifact. A path that
+    is absolute, has '..' or NUL is a ValueError. Trouble with the disk or the service is
+    Unavailable, with a remedy.
+    """
+
+    def open(self, path: str) -> BinaryIO:
+        """A seekable stream, also of a file inside an artifact. Raises NotFound, Unavailable."""
+        ...
+
+    def put(self, path: str, source: BinaryIO) -> tuple[int, str]:
+        """Store one file durably and return its (bytes, sha256 hex).
+
+        A file already at that path is left as it is. Raises Unavailable, CorruptArtifact where the
+        one that is there has another size.
+        """
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether a file, or an artifact with its manifest, is there."""
+        ...
+
+    def size(self, path: str) -> int:
+        """Bytes of one file. Raises NotFound."""
+        ...
+
+    def publish(
+        self, folder: Path, path: str, *, kind: str, facts: JsonObject | None = None
+    ) -> ArtifactRef:
+        """Make every file below ``folder`` durable at ``path``, the manifest last.
+
+        An artifact there with an equal manifest is returned; one with another raises
+        CorruptArtifact; leftovers without a manifest are replaced. Symlinks are a ValueError.
+        Raises Unavailable.
+        """
+        ...
+
+    def fetch(self, artifact: ArtifactRef, into: Path) -> Path:
+        """A local folder with the artifact's verified files, to be read only.
+
+        It may be ``into`` or a folder of the storage's own. Raises CorruptArtifact, NotFound,
+        Unavailable.
+        """
+        ...
+
+    def manifest(self, path: str) -> Manifest:
+        """Raises NotFound where no artifact is, CorruptArtifact where its manifest is broken."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove a file or an artifact; nothing there is fine. Raises Unavailable."""
+        ...
