@@ -81,7 +81,9 @@ def test_ids_equal_those_of_apply_chat_template(
 
 @pytest.mark.parametrize("template", ["chatml_generation", "llama3_generation"])
 def test_masks_hold_what_the_reference_masks_hold(make_base: MakeBase, template: str) -> None:
-    """Where a block has its end marker the masks are equal; else ours also trains the marker."""
+    """Equal, but for two things: ours trains an end marker that stands after the block, and every
+    token of a last character that has several (the reference keeps its first one only).
+    """
     folder = make_base(template)
     eot = reference(folder).convert_tokens_to_ids("<|eot_id|>")
     for index, text in enumerate(NASTY):
@@ -92,7 +94,8 @@ def test_masks_hold_what_the_reference_masks_hold(make_base: MakeBase, template:
         )["assistant_masks"]
         if template == "llama3_generation":
             for place, token in enumerate(found.ids.tolist()):
-                if token == eot and wanted[place - 1]:
+                same = found.ends[place] == found.ends[place - 1]
+                if (token == eot or same) and wanted[place - 1]:
                     wanted[place] = 1
         assert found.trained.astype(int).tolist() == wanted, text
 
@@ -159,6 +162,24 @@ def test_a_control_token_cannot_be_completed_by_a_neighbour(make_base: MakeBase)
     assert found.control.sum() == 2
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}<{{ m.content }}\n{% endfor %}", "|im_end|> b"),
+        ("{% for m in messages %}<{{ m.content | trim }}\n{% endfor %}", " /s> b"),
+        ("{% for m in messages %}{{ m.content }}end|>\n{% endfor %}", "a <|im_"),
+        ("{% for m in messages %}{{ m.content | trim }}/s>\n{% endfor %}", "a < "),
+    ],
+)
+def test_a_control_token_cannot_be_completed_by_the_template(
+    make_base: MakeBase, template: str, text: str
+) -> None:
+    base = ChatBase(_with_template(base_of(make_base("chatml")), template))
+    found = base.tokenise(talk(text, text), loss_scope="all")
+    assert not found.control.any()
+    assert reference(make_base("chatml")).decode(found.ids) == found.text
+
+
 def _with_template(base: ChatBase, template: str) -> Any:
     from llamahome.conversations.tokenizer import ChatTokenizer
 
@@ -211,7 +232,8 @@ def test_no_content_makes_a_control_token(
     try:
         found = base.tokenise(talk(*texts), loss_scope="assistant")
     except Dropped as dropped:
-        assert dropped.code == "control_text"
+        if dropped.code != "control_text":
+            raise
         return
     plain = base.tokenise(talk("q", "a", "q", "a"), loss_scope="assistant")
     assert found.ids[found.control].tolist() == plain.ids[plain.control].tolist()

@@ -76,6 +76,17 @@ def test_ids_and_trained_must_have_one_shape(tmp_path: Path) -> None:
     row = TokenRow(np.zeros(3, np.int32), np.zeros(2, np.bool_))
     with pytest.raises(ValueError, match=r"\(3,\), trained \(2,\)"):
         write_token_rows(tmp_path / "t", [row])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_tokens_are_packed_across_chunks(tmp_path: Path) -> None:
+    rows = rows_of([700_001, 700_002, 700_000])
+    write_token_rows(tmp_path / "t", rows)
+    found = read_token_rows(tmp_path / "t")
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    for index, row in enumerate(rows):
+        assert np.array_equal(found.row(index)[0], row.ids)
+        assert np.array_equal(found.row(index)[1], row.trained)
 
 
 def test_every_truncation_is_found_before_use(tmp_path: Path) -> None:

@@ -252,7 +252,9 @@ def _result(claim: Claim, storage: Storage, tmp_path: Path) -> StageResult:
     if where == (Stage.validation, Step.shard):
         rejected = {"file": "rows.jsonl", "line": 3, "code": "bad_json", "reason": "no JSON"}
         content = {"rejected.jsonl": json.dumps(rejected).encode() + b"\n"}
-        return StageResult(artifact=_publish(storage, tmp_path, claim, "rows", content))
+        artifact = _publish(storage, tmp_path, claim, "rows", content)
+        summary = {"split": task.plan["split"], "index": task.plan["file"], "lines": 10}
+        return StageResult(artifact=artifact, summary=summary)
     if where == (Stage.validation, Step.close):
         return StageResult(next_plans=({"split": "training", "rows": 0, "index": 0},))
     if task.stage is Stage.training:

@@ -102,6 +102,18 @@ def test_the_quarantine_has_the_rejected_rows_as_soon_as_a_shard_is_done(
     assert [(row["line"], row["code"]) for row in rows] == [(3, "bad_json")]
 
 
+def test_a_file_in_several_shards_has_lines_counted_from_its_start(
+    get: Callable[[str], httpx2.Response], deps: GatewayDeps, submit: Submit, drive: Drive
+) -> None:
+    spec = deps.ledger.job(submit()).spec
+    deps.ledger.cancel(deps.ledger.jobs(None)[0][0].id)
+    cut = spec.model_copy(update={"shard_bytes": -(-spec.training_files[0].bytes // 2)})
+    job, _ = deps.ledger.submit(cut)
+    drive(job.id, JobState.preparing)
+    rows = get(f"/fine_tuning/jobs/{job.id}/quarantine").text.splitlines()
+    assert [json.loads(row)["line"] for row in rows] == [3, 13]
+
+
 def test_workers_are_those_of_the_ledger(
     get: Callable[[str], httpx2.Response], deps: GatewayDeps
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,25 @@ def test_a_publish_that_breaks_off_is_no_artifact_and_is_finished_later(folder: 
     ref = storage.publish(folder, "artifacts/x", kind="rows")
     found = storage.fetch(ref, folder.parent / "into")
     assert sorted(path.name for path in found.iterdir()) == ["a", "b"]
+
+
+class ShorteningStore(MemoryFileSystem):  # type: ignore[misc]
+    """Says yes to an upload and keeps half of it."""
+
+    cachable = False
+
+    def put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
+        self.pipe_file(rpath, Path(lpath).read_bytes()[:500])
+
+
+def test_a_store_that_keeps_less_than_it_was_given_is_found_out(folder: Path) -> None:
+    storage = ObjectStorage(ShorteningStore(), f"/{uuid.uuid4().hex}")
+    with pytest.raises(CorruptArtifact, match="500 bytes are stored, 1000 were given"):
+        storage.publish(folder, "artifacts/x", kind="rows")
+    assert not storage.exists("artifacts/x")
+    with pytest.raises(CorruptArtifact, match="500 bytes are stored, 1000 were given"):
+        storage.put("uploads/x", io.BytesIO(b"x" * 1000))
+    assert not storage.exists("uploads/x")
 
 
 def test_damage_is_found_and_nothing_of_it_is_left_behind(folder: Path, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from llamahome.conversations import shift_lines
 from llamahome.errors import InvalidState, NotFound, nearest
 from llamahome.gateway.deps import GatewayDeps
 from llamahome.gateway.files import chunks
 from llamahome.gateway.objects import ArtifactObject, Listing
-from llamahome.schemas import ArtifactRef, Job, JobReport, ManifestEntry, Stage, Step
+from llamahome.schemas import ArtifactRef, Job, JobReport, ManifestEntry, RunOutput, Stage, Step
 
 REJECTED_NAME = "rejected.jsonl"
 
@@ -66,15 +68,20 @@ class Results:
         """
         self._ledger.job(job_id, tenant)
         shards = [
-            output.artifact
+            output
             for output in self._ledger.outputs(job_id)
-            if (output.stage, output.step) == (Stage.validation, Step.shard) and output.artifact
+            if (output.stage, output.step) == (Stage.validation, Step.shard)
         ]
         return self._rejected(shards)
 
-    def _rejected(self, shards: list[ArtifactRef]) -> Iterator[bytes]:
+    def _rejected(self, shards: list[RunOutput]) -> Iterator[bytes]:
+        lines_before: Counter[tuple[str, int]] = Counter()
         for shard in shards:
-            yield from chunks(self._storage.open(f"{shard.path}/{REJECTED_NAME}"))
+            assert shard.artifact is not None, "a validation shard always publishes its rows"
+            file = (shard.summary["split"], shard.summary["index"])
+            with self._storage.open(f"{shard.artifact.path}/{REJECTED_NAME}") as stream:
+                yield from shift_lines(stream, lines_before[file])
+            lines_before[file] += shard.summary["lines"]
 
 
 def _not_yet(job: Job, what: str) -> InvalidState:

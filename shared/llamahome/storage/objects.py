@@ -34,9 +34,10 @@ class ObjectStorage:
         with tempfile.NamedTemporaryFile(prefix="llamahome-put-") as local, _storage_errors(path):
             found = manifests.copy_hashed(source, cast(BinaryIO, local))
             local.flush()
-            if not self._fs.exists(self._key(path)):
-                self._fs.put_file(local.name, self._key(path))
-            self._check_size(path, found[0])
+            if self._fs.exists(self._key(path)):
+                self._check_size(path, found[0])
+            else:
+                self._put_file(local.name, path, found[0])
         return found
 
     def exists(self, path: str) -> bool:
@@ -59,8 +60,7 @@ class ObjectStorage:
             if self._published(path) is None:
                 for entry in manifest.files:
                     name = f"{path}/{entry.name}"
-                    self._fs.put_file(str(folder / entry.name), self._key(name))
-                    self._check_size(name, entry.bytes)
+                    self._put_file(str(folder / entry.name), name, entry.bytes)
                 self._put_manifest(path, manifests.manifest_bytes(manifest))
             found = manifests.artifact_ref(self.manifest(path), path)
         if found.digest != wanted.digest:
@@ -109,6 +109,15 @@ class ObjectStorage:
                 return bytes(self._fs.cat_file(f"{self._key(path)}/{MANIFEST_NAME}"))
             except FileNotFoundError:
                 return None
+
+    def _put_file(self, local: str, path: str, size: int) -> None:
+        """Upload, and take it back where the store kept another number of bytes."""
+        self._fs.put_file(local, self._key(path))
+        try:
+            self._check_size(path, size)
+        except CorruptArtifact:
+            self._fs.rm_file(self._key(path))
+            raise
 
     def _put_manifest(self, path: str, raw: bytes) -> None:
         # "create" is If-None-Match: * on S3. Another attempt may win; the caller compares.

@@ -1,0 +1,81 @@
+"""The base's tokenizer and template, read once in a process for as long as its files stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from llamahome.conversations.chat import ChatBase
+from llamahome.conversations.tokenizer import tokenizer_files
+from llamahome.errors import InvalidConfig
+from llamahome.schemas import StageTask
+
+_MODEL_CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """``vocabulary`` is the model's number of embeddings, None where its config does not say."""
+
+    chat: ChatBase
+    files: tuple[Path, ...]
+    files_digest: str
+    vocabulary: int | None
+
+    @property
+    def tokenizer_digest(self) -> str:
+        return self.chat.tokenizer_digest
+
+    @property
+    def template_digest(self) -> str:
+        return self.chat.template_digest
+
+
+def load_base(task: StageTask) -> LoadedBase:
+    """The job's base, with the date of its plan. Raises NotFound, InvalidConfig."""
+    if task.spec.config["template"] == "markers":
+        raise InvalidConfig(
+            "the markers template is not built yet", field="template",
+            remedy="Leave template at auto, which uses the base's own",
+        )  # fmt: skip
+    folder = Path(task.spec.base.path)
+    # A file that was replaced has another time or size, and is read again.
+    state = tuple((path, *_identity(path)) for path in tokenizer_files(folder))
+    return _load(folder, state, task.plan.get("today"))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: Path, state: tuple[tuple[Path, int, int], ...], today: str | None) -> LoadedBase:
+    day = datetime.datetime.fromisoformat(today) if today else None
+    files = tuple(path for path, _, _ in state)
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return LoadedBase(
+        chat=ChatBase.load(folder, today=day),
+        files=files,
+        files_digest=digest.hexdigest(),
+        vocabulary=_vocabulary(folder / _MODEL_CONFIG),
+    )
+
+
+def _vocabulary(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    except (ValueError, AttributeError) as error:
+        raise InvalidConfig(
+            f"cannot be read: {error}", code="invalid_base", file=str(path)
+        ) from None
+    return int(size) if size is not None else None

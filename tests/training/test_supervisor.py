@@ -1,0 +1,218 @@
+"""The supervisor against a stand-in for the engine that speaks the real messages, without torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llamahome.config import Settings
+from llamahome.errors import Fenced, Stopped, TrainingFailed, WorkerLost
+from llamahome.schemas import BaseRef, JobSpec, StopReason
+from llamahome.training.process import EngineProcess
+from llamahome.training.supervisor import Session
+from llamahome.training.wire import Admit
+
+PRELUDE = """\
+import argparse, os, signal, socket, sys, time
+from llamahome.errors import TrainingFailed
+from llamahome.training.wire import *
+parser = argparse.ArgumentParser()
+parser.add_argument("--channel", type=int)
+parser.add_argument("--parent", type=int)
+channel = Channel(socket.socket(fileno=parser.parse_args().channel))
+"""
+READY = "channel.send(Ready(pid=os.getpid()))\n"
+ADMITTED = READY + "channel.receive(None)\nchannel.send(Progress(done=1, total=9, data={}))\n"
+
+Start = Callable[..., tuple[EngineProcess, Callable[[], Any]]]
+
+
+@pytest.fixture
+def base() -> BaseRef:
+    """A name only: nothing here loads a model."""
+    return BaseRef(name="test/base", path="/nowhere", digest="d" * 64)
+
+
+@pytest.fixture
+def start(tmp_path: Path, make_spec: Callable[..., JobSpec], ports: Any) -> Iterator[Start]:
+    """A stand-in with that body, and the call that runs a job on it."""
+    started = []
+
+    def go(body: str, **settings: float) -> tuple[EngineProcess, Callable[[], Any]]:
+        script = tmp_path / "stand_in.py"
+        script.write_text(PRELUDE + body)
+        engine = EngineProcess(tmp_path, 1, command=(sys.executable, str(script)))
+        started.append(engine)
+        admit = Admit(
+            job_id="j", spec=make_spec(), data="/d", scratch="/s", resume=None, device="cpu",
+            threads=1,
+        )  # fmt: skip
+        session = Session(engine, ports, Settings(state=tmp_path, **settings))
+        return engine, lambda: session.run(admit)
+
+    yield go
+    for engine in started:
+        engine.close()
+
+
+def test_an_engine_that_says_nothing_for_too_long_is_killed(start: Start) -> None:
+    engine, run = start(ADMITTED + "time.sleep(60)", stall_seconds=0.3)
+
+    with pytest.raises(WorkerLost, match="no word from the engine for 0"):
+        run()
+
+    assert not engine.alive()
+
+
+def test_how_the_engine_died_and_its_last_words_are_in_the_error(start: Start) -> None:
+    _, run = start(ADMITTED + "print('last words', flush=True); os.kill(os.getpid(), signal.SIGSEGV)")  # fmt: skip # noqa: E501
+
+    with pytest.raises(WorkerLost, match="signal 11") as caught:
+        run()
+
+    assert "SIGSEGV" in caught.value.message
+    assert "last words" in caught.value.message
+
+
+def test_an_exit_status_is_told(start: Start) -> None:
+    _, run = start(ADMITTED + "sys.exit(7)")
+
+    with pytest.raises(WorkerLost, match="exit status 7"):
+        run()
+
+
+def test_an_engine_that_does_not_come_up_is_told_of(start: Start) -> None:
+    _, run = start("raise RuntimeError('no driver')")
+
+    with pytest.raises(WorkerLost, match="no driver"):
+        run()
+
+
+def test_garbage_on_the_channel_ends_the_engine(start: Start) -> None:
+    engine, run = start(ADMITTED + "channel._sock.sendall(b'garbage\\n'); time.sleep(60)")
+
+    with pytest.raises(WorkerLost, match="sent no message"):
+        run()
+
+    assert not engine.alive()
+
+
+def test_a_fenced_job_is_killed_at_once_with_all_that_it_started(start: Start, ports: Any) -> None:
+    child = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
+    engine, run = start(READY + child + ADMITTED.removeprefix(READY) + "time.sleep(60)")
+    ports.stop_at[1] = StopReason.fenced
+    began = time.monotonic()
+
+    with pytest.raises(Fenced):
+        run()
+
+    assert time.monotonic() - began < 10
+    assert not engine.alive()
+    pid = int(engine.tail().split()[-1])
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("reason", [StopReason.cancel, StopReason.pause])
+def test_an_engine_that_does_not_stop_in_time_is_killed(
+    start: Start, ports: Any, reason: StopReason
+) -> None:
+    engine, run = start(ADMITTED + "time.sleep(60)", drain_seconds=0.3)
+    ports.stop_at[1] = reason
+
+    with pytest.raises(Stopped) as caught:
+        run()
+
+    assert caught.value.code == reason
+    assert not engine.alive()
+
+
+def test_a_stop_before_the_engine_is_ready_leaves_it_starting(start: Start, ports: Any) -> None:
+    engine, run = start("time.sleep(0.5)\n" + READY + "channel.receive(None)")
+    ports.stop_at[0] = StopReason.cancel
+
+    with pytest.raises(Stopped):
+        run()
+
+    assert engine.alive()
+
+
+FAIL = "channel.send(Failed(error=TrainingFailed('no', code='nan_loss').to_dict(), fatal={}))\n"
+
+
+def test_a_failed_job_leaves_the_engine_warm_and_a_fatal_one_does_not(start: Start) -> None:
+    for fatal in (False, True):
+        engine, run = start(ADMITTED + FAIL.format(fatal) + "channel.receive(None)")
+
+        with pytest.raises(TrainingFailed) as caught:
+            run()
+
+        assert caught.value.code == "nan_loss"
+        assert engine.alive() is not fatal
+
+
+SAVING = """
+os.makedirs({folder!r}, exist_ok=True)
+channel.receive(None)
+channel.send(Saved(folder={folder!r}, step=4, eval_loss=None, best=False))
+print(channel.receive(None).kind, flush=True)
+channel.send(Halted(reason="drain", message="stopped"))
+channel.receive(None)
+"""
+
+
+@pytest.mark.parametrize("leaving", [SystemExit, KeyboardInterrupt])
+def test_a_supervisor_that_must_leave_stores_a_checkpoint_first(
+    start: Start, ports: Any, tmp_path: Path, leaving: type[BaseException]
+) -> None:
+    engine, run = start(ADMITTED + SAVING.format(folder=str(tmp_path / "checkpoint-00000004")))
+
+    def leave(done: int) -> None:
+        raise leaving
+
+    ports.on_progress = leave
+    with pytest.raises(leaving):
+        run()
+
+    assert [point.step for point in ports.points] == [4]
+    assert engine.tail() == "; its last output:\nstored"
+    assert engine.alive()  # warm still; whoever ends the process ends it
+
+
+def test_a_supervisor_that_must_leave_does_not_wait_for_ever(start: Start, ports: Any) -> None:
+    engine, run = start(ADMITTED + "time.sleep(60)", drain_seconds=0.3)
+
+    def leave(done: int) -> None:
+        raise SystemExit(1)
+
+    ports.on_progress = leave
+    with pytest.raises(SystemExit) as caught:
+        run()
+
+    assert "had not saved in 0.3 s" in caught.value.__notes__[0]
+    assert not engine.alive()
+
+
+def test_a_storage_that_fails_ends_the_job_and_its_engine(
+    start: Start, ports: Any, tmp_path: Path
+) -> None:
+    body = READY + "channel.receive(None)\n" + SAVING.format(folder=str(tmp_path / "c")).replace(
+        "channel.receive(None)\n", "", 1
+    )  # fmt: skip
+    engine, run = start(body)
+
+    def publish(folder: Path, kind: str) -> None:
+        raise OSError(28, os.strerror(28))
+
+    ports.publish = publish
+    with pytest.raises(OSError, match="No space left"):
+        run()
+
+    assert ports.points == []
+    assert not engine.alive()
