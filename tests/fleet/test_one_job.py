@@ -27,6 +27,15 @@ def _client(fleet: Fleet) -> Client:
     return Client(endpoint["url"], endpoint["key"])
 
 
+def _file_ids(fleet: Fleet) -> list[str]:
+    endpoint = fleet.endpoint()
+    request = urllib.request.Request(
+        f"{endpoint['url']}/v1/files", headers={"Authorization": f"Bearer {endpoint['key']}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return [file["id"] for file in json.load(answer)["data"]]
+
+
 def _adapter_digest(fleet: Fleet, job_id: str, into: Path) -> str:
     done = fleet.run("fetch", job_id, str(into))
     assert done.returncode == 0, done.stderr
@@ -36,11 +45,12 @@ def _adapter_digest(fleet: Fleet, job_id: str, into: Path) -> str:
 def test_three_ways_to_submit_give_three_equal_jobs(
     fleet: Fleet, data: Path, tmp_path: Path
 ) -> None:
-    """By command line, by Python client, and by a Celery message from a process without our code."""
+    """By command line, by Python client, and by Celery from a process without our code."""
     by_cli = fleet.run("submit", str(data / "train.jsonl"), "--base", "tiny", *SMALL)
     assert by_cli.returncode == 0, by_cli.stderr
     jobs = [by_cli.stdout.strip()]
     with _client(fleet) as client:
+        client.wait(jobs[0], timeout=200)  # so that there is something to find in the cache
         jobs.append(
             client.submit(data / "train.jsonl", base="tiny", recipe="quick", config=SMALL_CONFIG).id
         )
@@ -51,10 +61,12 @@ def test_three_ways_to_submit_give_three_equal_jobs(
     digests = {_adapter_digest(fleet, job, tmp_path / job) for job in jobs}
     assert len(digests) == 1, "the same data, base, settings and seed must give the same bytes"
     first, *others = (fleet.json("show", job) for job in jobs)
-    for other in others:
-        cached = {run["stage"]: run["attempts"][-1]["cached"] for run in other["runs"]}
-        assert cached == {"validation": True, "preprocessing": True, "training": False}
     assert len(first["runs"]) >= 5
+    for other in others:
+        for run in other["runs"]:
+            # The ten-example minimum is the gateway's alone, so the close step may differ.
+            if run["stage"] != "training" and run["step"] != "close":
+                assert run["attempts"][-1]["cached"], "equal work must not be done twice"
 
 
 def _send_by_bare_celery(fleet: Fleet, data: Path) -> None:
@@ -98,8 +110,9 @@ def _job_of_submission(client: Client, submission_id: str) -> str:
 
 
 def test_show_tells_which_process_did_what(fleet: Fleet, data: Path) -> None:
-    done = fleet.run("submit", str(data / "train.jsonl"), "--base", "tiny", *SMALL, "--set", "seed=7",
-                     "--set", "validation.max_messages=999", "--wait")  # fmt: skip
+    other = ["--set", "seed=7", "--set", "validation.max_messages=999"]  # nothing from the cache
+    words = ["submit", str(data / "train.jsonl"), "--base", "tiny", *SMALL, *other, "--wait"]
+    done = fleet.run(*words)
     assert done.returncode == 0, done.stderr
     shown = fleet.json("show", done.stdout.strip())
     workers: dict[str, set[int]] = {}
@@ -214,7 +227,8 @@ def test_bad_input_is_one_line_naming_the_thing_and_the_remedy(
     fleet: Fleet, data: Path, words: list[str], text: str
 ) -> None:
     (data / "empty.jsonl").touch()
-    before = len(fleet.json("jobs"))
+    with _client(fleet) as client:
+        before = (len(client.jobs(limit=100)), _file_ids(fleet))
     done = fleet.run("submit", str(data / words[0]), *words[1:])
     assert done.returncode == 1
     assert done.stdout == ""
@@ -222,7 +236,10 @@ def test_bad_input_is_one_line_naming_the_thing_and_the_remedy(
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert text in lines[0]
-    assert len(fleet.json("jobs")) == before
+    with _client(fleet) as client:
+        assert (len(client.jobs(limit=100)), _file_ids(fleet)) == before, (
+            "something half-made stays"
+        )
 
 
 def test_a_file_that_is_no_jsonl_fails_with_its_line_and_keeps_a_quarantine(

@@ -15,7 +15,14 @@ import httpx2
 from llamahome.client.download import fetch_folder
 from llamahome.client.http import Http
 from llamahome.client.objects import ArtifactInfo, EventInfo, JobInfo, ModelInfo, StoredFileInfo
-from llamahome.errors import NotFound, TransientError
+from llamahome.errors import (
+    InvalidData,
+    LlamaHomeError,
+    NotFound,
+    QuotaExceeded,
+    TransientError,
+    UserError,
+)
 from llamahome.schemas import JobReport, JsonObject, Run, Worker
 
 OnUpdate = Callable[[JobInfo, list[EventInfo]], None]
@@ -70,10 +77,16 @@ class Client:
         return self._http.url
 
     def upload(self, path: Path | str, purpose: str = "fine-tune") -> StoredFileInfo:
-        """Send a file. Raises NotFound where there is none, InvalidData where it is too large."""
+        """Send a file. Raises NotFound where there is none, InvalidData if empty or too large."""
         source = Path(path)
         if not source.is_file():
             raise NotFound("no such file", code="file_not_found", file=str(source))
+        if source.stat().st_size == 0:
+            raise InvalidData(
+                "the file is empty",
+                file=str(source),
+                remedy="Write one conversation a line into it",
+            )
 
         def attempt(number: int) -> StoredFileInfo:
             # Opened anew for each try: a broken one has already read from it.
@@ -105,27 +118,53 @@ class Client:
         A path is uploaded, a file id (``file-...``) is used as it is. ``config`` has nested
         training settings. The same ``submission_id`` again answers the first job; without one, a
         fresh id makes this call's own retries safe. Raises InvalidConfig, NotFound, InvalidData,
-        QuotaExceeded, Unavailable.
+        QuotaExceeded, Unavailable; what was uploaded for a refused job is deleted again.
         """
-        body: JsonObject = {
-            "model": base,
-            "training_file": self._file_id(training_file),
-            "submission_id": submission_id or f"client-{uuid.uuid4().hex}",
-        }
+        uploaded: list[str] = []
+        try:
+            return self._submit(
+                uploaded,
+                training_file,
+                validation_file,
+                {
+                    "model": base,
+                    "recipe": recipe,
+                    "suffix": suffix,
+                    "config": dict(config) if config is not None else None,
+                    "metadata": dict(metadata) if metadata is not None else None,
+                    "submission_id": submission_id or f"client-{uuid.uuid4().hex}",
+                },
+            )
+        except (UserError, QuotaExceeded) as refused:
+            self._take_back(uploaded, refused)
+            raise
+
+    def _take_back(self, uploaded: list[str], refused: LlamaHomeError) -> None:
+        try:
+            for file in uploaded:
+                self._http.json("DELETE", f"/v1/files/{file}")
+        except LlamaHomeError as error:
+            # Why the job was refused matters more; the file can be deleted by hand.
+            refused.add_note(f"uploaded files left behind ({', '.join(uploaded)}): {error}")
+
+    def _submit(
+        self,
+        uploaded: list[str],
+        training_file: Path | str,
+        validation_file: Path | str | None,
+        wishes: JsonObject,
+    ) -> JobInfo:
+        body = {name: value for name, value in wishes.items() if value is not None}
+        body["training_file"] = self._file_id(training_file, uploaded)
         if validation_file is not None:
-            body["validation_file"] = self._file_id(validation_file)
-        optional = {"recipe": recipe, "suffix": suffix}
-        body |= {name: value for name, value in optional.items() if value is not None}
-        if config is not None:
-            body["config"] = dict(config)
-        if metadata is not None:
-            body["metadata"] = dict(metadata)
+            body["validation_file"] = self._file_id(validation_file, uploaded)
         return JobInfo.model_validate(self._http.json("POST", "/v1/fine_tuning/jobs", json=body))
 
-    def _file_id(self, file: Path | str) -> str:
+    def _file_id(self, file: Path | str, uploaded: list[str]) -> str:
         if isinstance(file, str) and _FILE_ID.fullmatch(file) and not Path(file).exists():
             return file
-        return self.upload(file).id
+        uploaded.append(self.upload(file).id)
+        return uploaded[-1]
 
     def job(self, id: str) -> JobInfo:
         """Raises NotFound, for another tenant's job too."""

@@ -148,6 +148,12 @@ class FakeServer(httpx2.BaseTransport):
         }  # fmt: skip
         return self._files[file_id]
 
+    def delete_file(self, file_id: str) -> Answer:
+        if file_id not in self._files:
+            raise Refused(404, f"No such File object: {file_id}", code="file_not_found", param="id")
+        del self._files[file_id], self.uploads[file_id]
+        return {"id": file_id, "object": "file", "deleted": True}
+
     def create(self, body: JsonObject) -> Answer:
         submission_id = body.get("submission_id")
         if submission_id is not None:

@@ -45,6 +45,8 @@ def route(server: FakeServer, request: httpx2.Request, body: bytes) -> Answer:
     post = request.method == "POST"
     if path == "/v1/files" and post:
         return server.add_file(*_upload(request, body))
+    if path.startswith("/v1/files/") and request.method == "DELETE":
+        return server.delete_file(path.removeprefix("/v1/files/"))
     if path == "/v1/models":
         return whole(server.models())
     if path == "/v1/fleet/workers":

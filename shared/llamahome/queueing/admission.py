@@ -184,6 +184,8 @@ class Admission:
                 f"{name} was uploaded with purpose {stored.purpose!r}, not {FINE_TUNE!r}",
                 code="invalid_value", field=field, remedy="Upload it with purpose fine-tune",
             )  # fmt: skip
+        if stored.bytes == 0:
+            raise InvalidData("the file is empty", file=stored.filename, field=field)
         return stored.ref()
 
     def _fetch_uri(self, tenant: str, uri: str, field: str) -> StoredFile:
