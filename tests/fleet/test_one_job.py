@@ -209,6 +209,21 @@ def test_a_job_can_be_cancelled_while_it_trains(fleet: Fleet, data: Path) -> Non
     assert again.returncode == 0, "the worker must be able to go on"
 
 
+def test_a_paused_training_saves_lets_go_and_goes_on(fleet: Fleet, data: Path) -> None:
+    words = ["submit", str(data / "train.jsonl"), "--base", "tiny", *SMALL, "--set", "epochs=3"]
+    job = fleet.run(*words, "--set", "seed=11").stdout.strip()
+    with _client(fleet) as client:
+        _until(lambda: (p := client.job(job).progress) is not None and p.stage == "training"
+               and p.done >= 2, 120, f"{job} never reached step 2")  # fmt: skip
+        assert fleet.run("pause", job).returncode == 0
+        _until(lambda: client.job(job).state == "paused", 60, f"{job} never paused")
+        assert not [w for w in client.workers() if w.role == "training" and w.holds]
+        assert fleet.run("resume", job).returncode == 0
+        assert client.wait(job, timeout=200).state == "succeeded"
+        (resumed,) = client.report(job).training.resumed_from
+    assert resumed >= 2
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
