@@ -53,6 +53,10 @@ def _until(done: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+def _end(children: list[Child], stops: Stops, *, seconds: float) -> bool:
+    return end_all(children, stops, among=children, seconds=seconds, stops_limit=1)
+
+
 def test_a_death_wakes_the_waiter_at_once_and_tells_the_code(
     child: Callable[[str], Child], stops: Stops
 ) -> None:
@@ -85,7 +89,7 @@ def test_ending_asks_first_and_kills_after_the_time_given(
     stubborn.start()
     _until(lambda: stubborn.log_tail() == ["1"])
     started = time.monotonic()
-    assert not end_all([polite, stubborn], stops, seconds=0.5, stops_limit=1)
+    assert not _end([polite, stubborn], stops, seconds=0.5)
     assert 0.4 < time.monotonic() - started < 5
     assert polite.pid is None
     assert stubborn.pid is None
@@ -97,7 +101,7 @@ def test_children_that_all_end_by_themselves_are_not_waited_for_any_longer(
     polite = child(SLEEP)
     polite.start()
     started = time.monotonic()
-    assert end_all([polite], stops, seconds=30, stops_limit=1)
+    assert _end([polite], stops, seconds=30)
     assert time.monotonic() - started < 10
 
 
@@ -108,7 +112,7 @@ def test_a_second_request_to_end_kills_at_once(child: Callable[[str], Child], st
     os.kill(os.getpid(), signal.SIGINT)
     assert stops.count == 1
     started = time.monotonic()
-    assert not end_all([stubborn], stops, seconds=30, stops_limit=1)
+    assert not _end([stubborn], stops, seconds=30)
     assert time.monotonic() - started < 5
 
 
@@ -134,11 +138,43 @@ def test_the_backoff_doubles_and_five_quick_deaths_are_hopeless(
     waits = []
     for _ in range(DEATHS_LIMIT):
         assert not failing.hopeless
+        failing.start()
+        _until(lambda: reap([failing]) == [(failing, 1)])
         failing.died()
         assert failing.due_at is not None
         waits.append(failing.due_at - time.monotonic())
     assert waits == pytest.approx([0.5, 1, 2, 4, 8], abs=0.1)
     assert failing.hopeless
+
+
+def test_deaths_far_apart_are_waited_for_longer_but_never_hopeless(
+    child: Callable[[str], Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing, now = child("raise SystemExit(1)"), [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    waits = []
+    for _ in range(9):
+        failing._started_at = now[0]
+        now[0] += 20  # it lives for so long each time
+        failing.died()
+        assert not failing.hopeless
+        waits.append((failing.due_at or 0) - now[0])
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    failing._started_at = now[0]
+    now[0] += 3600
+    failing.died()
+    assert failing.due_at == now[0] + 0.5
+
+
+def test_the_end_of_another_child_meanwhile_is_not_missed(
+    child: Callable[..., Child], stops: Stops
+) -> None:
+    other, sleeper = child("pass", "other"), child(SLEEP)
+    other.start()
+    sleeper.start()
+    _until(lambda: psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE)
+    assert end_all([sleeper], stops, among=[other, sleeper], seconds=30, stops_limit=1)
+    assert other.pid is None
 
 
 def test_a_grown_log_is_set_aside_and_only_its_end_is_read(child: Callable[[str], Child]) -> None:

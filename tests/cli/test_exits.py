@@ -64,7 +64,7 @@ def test_a_traceback_is_shown_only_for_debugging(capsys: pytest.CaptureFixture[s
 def test_an_unexpected_error_is_one_line_and_its_traceback_lies_in_a_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exits.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ZeroDivisionError) as unexpected:
         divmod(1, 0)
     assert exits.report(unexpected.value, debug=False) == 4
@@ -72,6 +72,29 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_lies_in_a_file(
     found = re.fullmatch(r"error: unexpected ZeroDivisionError: .*details are in (\S+)\n", line)
     assert found, line
     assert "Traceback" in Path(found[1]).read_text()
+
+
+def test_a_process_of_a_fleet_puts_an_unexpected_traceback_into_its_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ZeroDivisionError) as unexpected:
+        divmod(1, 0)
+    exits.report(unexpected.value, debug=False, stderr_is_log=True)
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert trace[0].startswith("Traceback")
+    assert line.startswith("error: unexpected ZeroDivisionError: ")
+    exits.report(NotFound("gone"), debug=False, stderr_is_log=True)
+    assert capsys.readouterr().err == "error: gone\n"
+
+
+def test_a_full_disk_does_not_hide_the_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert exits.report(ZeroDivisionError("x"), debug=False) == 4
+    line = capsys.readouterr().err
+    assert line.startswith("error: unexpected ZeroDivisionError: x. ")
+    assert "--debug shows them" in line
 
 
 def test_a_missing_module_of_an_extra_says_what_to_install(

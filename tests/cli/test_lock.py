@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,16 @@ def test_whoever_asks_is_told_the_holder(tmp_path: Path) -> None:
         lock.announce("http://x")
         assert holder(tmp_path) == Holder(os.getpid(), "http://x")
     assert holder(tmp_path) is None
+
+
+def test_somebody_who_only_asks_cannot_make_up_fail(tmp_path: Path) -> None:
+    (tmp_path / "up.lock").touch()
+    with (tmp_path / "up.lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.03, lambda: fcntl.flock(asking, fcntl.LOCK_UN))
+        timer.start()
+        with locked(tmp_path):
+            timer.join()
 
 
 def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:

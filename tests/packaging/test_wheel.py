@@ -75,7 +75,8 @@ def test_every_room_is_typed(unpacked: Path) -> None:
 def test_the_command_without_extras_says_which_one_to_install(
     unpacked: Path, tmp_path: Path
 ) -> None:
-    done = _python("import sys; from llamahome.cli import main; sys.exit(main())", tmp_path, str(unpacked))
+    code = "import sys; from llamahome.cli import main; sys.exit(main())"
+    done = _python(code, tmp_path, str(unpacked))
     assert done.returncode == 2
     assert "llamahome[fleet]" in done.stderr
     assert "Traceback" not in done.stderr

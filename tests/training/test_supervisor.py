@@ -16,7 +16,7 @@ from llamahome.config import Settings
 from llamahome.errors import Fenced, Stopped, TrainingFailed, WorkerLost
 from llamahome.schemas import BaseRef, JobSpec, StopReason
 from llamahome.training.process import EngineProcess
-from llamahome.training.supervisor import Session
+from llamahome.training.supervisor import EngineSlot, Session
 from llamahome.training.wire import Admit
 
 PRELUDE = """\
@@ -216,3 +216,63 @@ def test_a_storage_that_fails_ends_the_job_and_its_engine(
 
     assert ports.points == []
     assert not engine.alive()
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Iterator[EngineSlot]:
+    script = tmp_path / "idle.py"
+    script.write_text(PRELUDE + READY + "channel.receive(None)")
+    slot = EngineSlot(command=(sys.executable, str(script)))
+    yield slot
+    slot.shutdown()
+
+
+def test_the_slot_keeps_a_live_engine_and_replaces_a_dead_one(
+    slot: EngineSlot, tmp_path: Path
+) -> None:
+    settings = Settings(state=tmp_path)
+    with slot.lease(settings) as first:
+        pass
+    with slot.lease(settings) as second:
+        assert second is first
+        second.kill()
+    with slot.lease(settings) as third:
+        assert third.alive()
+        assert third.pid != first.pid
+
+    slot.shutdown()
+    slot.shutdown()
+
+    assert not third.alive()
+
+
+def test_a_job_beside_another_gets_an_engine_of_its_own_for_as_long_as_it_takes(
+    slot: EngineSlot, tmp_path: Path
+) -> None:
+    settings = Settings(state=tmp_path)
+    with slot.lease(settings) as first:
+        with slot.lease(settings) as second:
+            assert second.pid != first.pid
+        assert not second.alive()
+        assert first.alive()
+
+
+def test_a_forked_copy_lets_go_of_the_engine_without_touching_it(
+    slot: EngineSlot, tmp_path: Path
+) -> None:
+    settings = Settings(state=tmp_path)
+    with slot.lease(settings) as engine:
+        assert wait_ready(engine)
+    child = os.fork()
+    if child == 0:
+        slot.shutdown()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+    with slot.lease(settings) as again:
+        assert again is engine
+        assert again.alive()
+
+
+def wait_ready(engine: EngineProcess) -> bool:
+    return any(engine.ready() for _ in range(100))

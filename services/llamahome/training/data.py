@@ -1,0 +1,137 @@
+"""What is trained on: token rows, their order in each epoch, and padded batches of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamahome.conversations.tokens import TokenRows, read_token_rows
+from llamahome.errors import InvalidData
+
+IGNORED = -100  # the label of a position without loss, as torch's cross_entropy has it
+TRAINING_FILE = "training.safetensors"
+VALIDATION_FILE = "validation.safetensors"
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenData:
+    """Both sides of the split; validation may be empty."""
+
+    training: TokenRows
+    validation: TokenRows
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenData:
+        """The two files of the folder that preprocessing published. Raises CorruptArtifact."""
+        return cls(
+            training=read_token_rows(folder / TRAINING_FILE),
+            validation=read_token_rows(folder / VALIDATION_FILE),
+        )
+
+    def digest(self) -> str:
+        """sha256 over every id, boundary and mask bit: equal data give equal digests."""
+        state = hashlib.sha256()
+        for rows in (self.training, self.validation):
+            for array in (rows.offsets, rows.ids, np.packbits(rows.trained, bitorder="little")):
+                state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()
+
+    def check(self) -> None:
+        """Raises InvalidData where no training row has a token to learn."""
+        if len(self.training) == 0:
+            raise InvalidData("no training rows", code="invalid_n_examples")
+        if labelled_counts(self.training).sum() == 0:
+            raise InvalidData(
+                f"none of {len(self.training)} training rows has a token that is trained",
+                remedy="Check loss_scope and the messages' weights",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to the longest of them.
+
+    ``ids`` and ``mask`` int64 [rows, longest]; ``positions`` int64 [P] are the places at which
+    any row predicts a trained token, ``labels`` int64 [rows, P] those tokens, else -100.
+    ``labelled`` counts the labels, ``tokens`` everything that is no padding.
+    """
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    labelled: int
+    tokens: int
+
+
+def make_batch(rows: TokenRows, samples: Sequence[int] | NDArray[np.int64]) -> Batch:
+    """The rows ``samples`` as one batch. Position p has loss where token p + 1 is trained."""
+    picked = [rows.row(int(sample)) for sample in samples]
+    longest = max(len(ids) for ids, _ in picked)
+    ids = np.zeros((len(picked), longest), np.int64)
+    mask = np.zeros_like(ids)
+    labels = np.full_like(ids, IGNORED)
+    for index, (row_ids, trained) in enumerate(picked):
+        ids[index, : len(row_ids)] = row_ids
+        mask[index, : len(row_ids)] = 1
+        targets = np.flatnonzero(trained[1:])
+        labels[index, targets] = row_ids[targets + 1]
+    positions = np.flatnonzero((labels != IGNORED).any(axis=0))
+    labels = np.ascontiguousarray(labels[:, positions])
+    return Batch(
+        ids=ids,
+        mask=mask,
+        positions=positions,
+        labels=labels,
+        labelled=int((labels != IGNORED).sum()),
+        tokens=int(mask.sum()),
+    )
+
+
+def labelled_counts(rows: TokenRows) -> NDArray[np.int64]:
+    """Tokens of each row that carry loss, int64 [rows]: the trained ones but a row's first."""
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.trained, dtype=np.int64)])
+    starts, ends = rows.offsets[:-1], rows.offsets[1:]
+    counts: NDArray[np.int64] = before[ends] - before[np.minimum(starts + 1, ends)]
+    return counts
+
+
+def longest_row(data: TokenData) -> int:
+    """Tokens of the longest row of either side."""
+    return max((int(rows.lengths.max()) for rows in _filled(data)), default=0)
+
+
+def largest_id(data: TokenData) -> int:
+    return max((int(rows.ids.max()) for rows in _filled(data) if len(rows.ids)), default=0)
+
+
+def _filled(data: TokenData) -> list[TokenRows]:
+    return [rows for rows in (data.training, data.validation) if len(rows)]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of rows in an epoch (from 0), a pure function of its arguments.
+
+    Rows are sorted by SplitMix64 (Steele, Lea, Flood 2014) of (seed, epoch, row): plain integer
+    arithmetic, so no library's change of generator can change an order that a checkpoint counts on.
+    """
+    stream = _splitmix64(np.array([seed], np.uint64)) ^ np.uint64(epoch)
+    keys = _splitmix64(_splitmix64(stream) + np.arange(rows, dtype=np.uint64) * np.uint64(_GOLDEN))
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    order.flags.writeable = False  # shared through the cache
+    return order
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = x + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,216 @@
+"""The base model, kept warm and frozen, and the LoRA adapter put on it and taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from llamahome.config import TrainingConfig
+from llamahome.config.training import LoraConfig
+from llamahome.errors import InvalidConfig, InvalidData, NotFound
+from llamahome.schemas import BaseRef
+from llamahome.training.data import TokenData, largest_id, longest_row
+from llamahome.training.runtime import Machine, seed_for
+
+ADAPTER_NAME = "default"
+_INIT_STEP = -1  # the place of LoRA's own start values in the job's random draws
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base. ``checksum`` is taken of its weights in memory, right after loading."""
+
+    ref: BaseRef
+    device: torch.device
+    dtype: torch.dtype
+    model: Any
+    checksum: str
+
+    def serves(self, ref: BaseRef, machine: Machine) -> bool:
+        """True where a job can use it as it is."""
+        return (self.ref.path, self.ref.digest, self.device, self.dtype) == (
+            ref.path, ref.digest, machine.device, machine.base_dtype,
+        )  # fmt: skip
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that fit, or None where the base sets no limit."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on a base. ``parameters`` are fp32, named and ordered as PEFT saves them."""
+
+    model: Any
+    parameters: dict[str, torch.nn.Parameter]
+    target_modules: list[str]
+    fan_in_fan_out: bool
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """A copy on the CPU."""
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous()
+            for name, parameter in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def moved(self) -> bool:
+        """True where every B, zero at the start, has learned something finite."""
+        ups = [tensor for name, tensor in self.parameters.items() if ".lora_B." in name]
+        return all(bool(tensor.any()) and bool(tensor.isfinite().all()) for tensor in ups)
+
+
+def load_base(ref: BaseRef, machine: Machine) -> LoadedBase:
+    """The base from its local folder, safetensors only and without code of its own.
+
+    Raises NotFound (no folder) and InvalidConfig (not a model that may be loaded).
+    """
+    folder = Path(ref.path)
+    _check_folder(folder, ref.name)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=machine.base_dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _unusable(ref.name, f"cannot be loaded: {error}") from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise _unusable(ref.name, f"lacks {len(missing)} weights, the first is {missing[0]}")
+    model.requires_grad_(False)
+    model.to(machine.device)
+    model.eval()
+    return LoadedBase(ref, machine.device, machine.base_dtype, model, checksum(model))
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise NotFound(
+            f"base {name!r} has no config.json on this worker", code="model_not_found",
+            remedy="Register the base with a folder that every training worker sees",
+        )  # fmt: skip
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unusable(name, f"has a broken config.json: {error}") from None
+    if "auto_map" in content:
+        raise _unusable(name, "brings code of its own (auto_map), which is never run")
+    if not any(folder.glob("*.safetensors")):
+        raise _unusable(name, "has no safetensors weights (pickled ones are never loaded)")
+
+
+def _unusable(name: str, why: str) -> InvalidConfig:
+    return InvalidConfig(f"base {name!r} {why}", code="invalid_base", field="model")
+
+
+def checksum(model: Any) -> str:
+    """sha256 over the bytes of every weight and buffer, in the order of their names."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        state.update(flat.numpy().data)
+    return state.hexdigest()
+
+
+def check_fits(base: LoadedBase, data: TokenData, config: TrainingConfig) -> None:
+    """Raises InvalidConfig (a row is longer than the context) or InvalidData (foreign token)."""
+    longest, limit = longest_row(data), base.context
+    if limit is not None and longest > limit:
+        raise InvalidConfig(
+            f"the longest row has {longest} tokens, but base {base.ref.name!r} has a context of "
+            f"{limit} (max_length is {config.max_length})", field="max_length",
+            remedy=f"Set max_length to {limit} or less",
+        )  # fmt: skip
+    largest = largest_id(data)
+    if largest >= base.vocabulary:
+        raise InvalidData(
+            f"token id {largest} is in the data, but base {base.ref.name!r} has "
+            f"{base.vocabulary} tokens", remedy="Prepare the data with this base's tokenizer",
+        )  # fmt: skip
+
+
+def target_modules(model: Any, wanted: tuple[str, ...] | str) -> list[str]:
+    """The names to adapt, sorted. Raises InvalidConfig naming those that exist.
+
+    Linear layers only, and never the output head: it may be tied to the embeddings, and servers do
+    not load adapters on it.
+    """
+    head = model.get_output_embeddings()
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    ]
+    # A bare number is no name of a kind of layer: there the whole path stands.
+    leaves = {path.rpartition(".")[2] for path in paths}
+    names = {leaf for leaf in leaves if not leaf.isdigit()}
+    names |= {path for path in paths if path.rpartition(".")[2].isdigit()}
+    if wanted == "all-linear":
+        return sorted(names)
+    for name in wanted:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise InvalidConfig(
+                f"the base has no linear layer {name!r}", field="lora.target_modules",
+                remedy=f"It has: {', '.join(sorted(names))}",
+            )  # fmt: skip
+    return sorted(wanted)
+
+
+@contextlib.contextmanager
+def adapter_on(base: LoadedBase, lora: LoraConfig, seed: int) -> Iterator[Adapter]:
+    """A fresh adapter on the base; when the block ends, the base is as it was before."""
+    names = target_modules(base.model, lora.target_modules)
+    # GPT-2 and its kin keep their weights as [in, out].
+    transposed = any(isinstance(module, Conv1D) for module in base.model.modules())
+    seed_for(seed, _INIT_STEP, 0)
+    model = peft.get_peft_model(
+        base.model,
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float is fine
+            lora_dropout=lora.dropout,
+            target_modules=names,
+            bias="none",
+            use_rslora=lora.use_rslora,
+            fan_in_fan_out=transposed,
+        ),
+        adapter_name=ADAPTER_NAME,
+    )
+    try:
+        trainable = {
+            name.replace(f".{ADAPTER_NAME}.", "."): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        yield Adapter(model, dict(sorted(trainable.items())), names, transposed)
+    finally:
+        model.unload()
