@@ -17,6 +17,7 @@ from llamahome.cli.watch import (
     Update,
     follow,
 )
+from llamahome.client import Client
 from llamahome.client.fake import FakeServer
 from llamahome.errors import Unavailable
 from llamahome.schemas import JobState, RunState, Stage, Step
@@ -161,6 +162,27 @@ def test_a_gateway_that_stays_away_ends_the_watching() -> None:
         with pytest.raises(Unavailable):
             follow(client, job_id, _plain()[0], pause=pause, clock=lambda: now[0])
     assert now[0] > GIVE_UP_SECONDS
+
+
+def test_a_long_list_of_runs_is_asked_for_less_often(gateway: Gateway) -> None:
+    file = gateway.fake.add_file("rows.jsonl", "fine-tune", b"{}")
+    assert isinstance(file, dict)
+    asked, now = list[str](), [0.0]
+    gateway.before_answer = asked.append
+    with gateway.fake.client() as client:
+        job_id = client.submit(file["id"], base="tiny").id
+    path = f"/v1/fine_tuning/jobs/{job_id}/runs"
+    gateway.lists[path] = [run(shard=i).model_dump(mode="json") for i in range(1000)]
+
+    def pause(_: float) -> None:
+        now[0] += 1
+        if now[0] == 20:
+            gateway.fake.advance(job_id, "cancelled")
+
+    with Client(gateway.url, gateway.fake.key) as client:
+        follow(client, job_id, _plain()[0], pause=pause, clock=lambda: now[0])
+    assert asked.count(path) == 3, "at first, after 10 s, and when the state had changed"
+    assert asked.count(path.removesuffix("/runs")) == 21
 
 
 @pytest.mark.fleet

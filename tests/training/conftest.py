@@ -29,6 +29,7 @@ from llamahome.schemas import (
     StopReason,
     ValidationReport,
 )
+from llamahome.storage.bases import base_digest
 from llamahome.training.ports import LocalCheckpoint
 
 VOCABULARY = 64
@@ -60,7 +61,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(base_folder: Path) -> BaseRef:
-    return BaseRef(name="test/base", path=str(base_folder), digest="d" * 64)
+    return BaseRef(name="test/base", path=str(base_folder), digest=base_digest(base_folder))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from llamahome.errors import (
     TrainingFailed,
 )
 from llamahome.schemas import JobSpec, StopReason
+from llamahome.storage.bases import base_digest
 from llamahome.training.checkpoints import load_checkpoint
 from llamahome.training.data import TokenData
 from llamahome.training.ports import TrainedAdapter, TrainPorts
@@ -452,7 +453,8 @@ def test_a_base_that_is_not_what_it_seems_is_refused(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     spec = make_spec()
-    other = spec.model_copy(update={"base": spec.base.model_copy(update={"path": str(folder)})})
+    changed = {"path": str(folder), "digest": base_digest(folder)}
+    other = spec.model_copy(update={"base": spec.base.model_copy(update=changed)})
 
     with pytest.raises(InvalidConfig, match=why) as caught:
         train(other, data, ports)
@@ -490,3 +492,15 @@ def test_exact_mode_is_told_and_torch_is_left_as_it_was(
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_base_whose_files_changed_since_the_job_was_accepted_is_refused(
+    make_spec: MakeSpec, data: TokenData, ports: Any, base_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    spec = make_spec()
+    moved = spec.model_copy(update={"base": spec.base.model_copy(update={"path": str(folder)})})
+    with pytest.raises(InvalidState, match="the job was accepted with"):
+        train(moved, data, ports)

@@ -1,14 +1,14 @@
-"""A base model's folder: what must be in it, what must not, and its digest."""
+"""A base model's folder: what must be in it and what must not."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from llamahome.errors import InvalidConfig, InvalidData, NotFound
+from llamahome.storage.bases import base_digest, base_files
 
 __all__ = ["base_digest", "check_base", "check_name"]
 
@@ -58,34 +58,6 @@ def check_base(folder: Path) -> None:
                 file=str(path), code="unsafe_base",
                 remedy="Use a model that transformers itself implements",
             )  # fmt: skip
-
-
-def base_digest(folder: Path) -> str:
-    """sha256 (hex) over the sorted (name below ``folder``, sha256) of its files.
-
-    Hidden files and folders do not count: downloaders keep their caches there.
-    """
-    whole = hashlib.sha256()
-    for path in base_files(folder):
-        name = path.relative_to(folder).as_posix()
-        whole.update(f"{_file_digest(path)}  {name}\n".encode())
-    return whole.hexdigest()
-
-
-def base_files(folder: Path) -> list[Path]:
-    """Every file that counts, sorted by name; links to files are followed, to folders not."""
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _names_code(value: Any) -> bool:

@@ -37,6 +37,8 @@ from llamahome.schemas import JobState, Run
 POLL_SECONDS = 1.0
 QUIET_SECONDS = 10.0
 GIVE_UP_SECONDS = 60.0
+# A job of thousands of shards has a list of runs that is not worth asking for every second.
+SECONDS_PER_RUN = 0.01
 _EVENTS_SHOWN = 8
 
 
@@ -79,19 +81,23 @@ def follow(
     A gateway that is away for less than GIVE_UP_SECONDS is waited for.
     Raises NotFound, Unavailable.
     """
+    last: Update | None = None
     last_event: str | None = None
-    answered_at = clock()
+    answered_at = runs_at = clock()
     while True:
         try:
             job = client.job(job_id)
             # Read after the job, so that an ended one comes with its last runs and events.
-            update = Update(job, client.runs(job_id), client.events(job_id, after=last_event))
+            if last is None or job.state is not last.job.state or clock() >= runs_at:
+                runs = client.runs(job_id)
+                runs_at = clock() + len(runs) * SECONDS_PER_RUN
+            update = Update(job, runs, client.events(job_id, after=last_event))
         except TransientError as error:
             if clock() - answered_at > GIVE_UP_SECONDS:
                 raise
             display.note(f"{one_line(str(error))} (trying again; the job is not affected)")
         else:
-            answered_at = clock()
+            last, answered_at = update, clock()
             if update.events:
                 last_event = update.events[-1].id
             display.show(update)

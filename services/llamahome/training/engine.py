@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -79,6 +80,9 @@ class _Engine:
         self._base: LoadedBase | None = None
 
     def serve(self) -> int:
+        # The log's tail stands in error texts; what libraries plan to rename does not belong there.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         # Imported before Ready, so that the first job finds a warm process.
         import llamahome.training.loop  # noqa: F401
 

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llamahome.config import TrainingConfig
 from llamahome.config.training import LoraConfig
-from llamahome.errors import InvalidConfig, InvalidData, NotFound
+from llamahome.errors import InvalidConfig, InvalidData, InvalidState, NotFound
 from llamahome.schemas import BaseRef
+from llamahome.storage.bases import base_digest
 from llamahome.training.data import TokenData, largest_id, longest_row
 from llamahome.training.runtime import Machine, seed_for
 
@@ -87,6 +88,7 @@ def load_base(ref: BaseRef, machine: Machine) -> LoadedBase:
     """
     folder = Path(ref.path)
     _check_folder(folder, ref.name)
+    _check_digest(folder, ref)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -107,6 +109,17 @@ def load_base(ref: BaseRef, machine: Machine) -> LoadedBase:
     model.to(machine.device)
     model.eval()
     return LoadedBase(ref, machine.device, machine.base_dtype, model, checksum(model))
+
+
+def _check_digest(folder: Path, ref: BaseRef) -> None:
+    """The job was accepted with these very files; reading them once costs a cold start a little."""
+    found = base_digest(folder)
+    if found != ref.digest:
+        raise InvalidState(
+            f"the folder of base {ref.name!r} has digest {found[:12]}, and the job was accepted "
+            f"with {ref.digest[:12]}", code="base_changed", file=str(folder),
+            remedy="Put the files back, or register the folder again and submit anew",
+        )  # fmt: skip
 
 
 def _check_folder(folder: Path, name: str) -> None:
