@@ -166,7 +166,7 @@ def test_duplicates_and_leaked_rows_are_counted_across_files(
     [
         (b"", "none of 0 rows is valid"),
         (b"\n\n", "none of 0 rows is valid"),
-        (b"[]\n42\n", r"none of 2 rows is valid; the first: f.jsonl:1: the line is a list"),
+        (b"[]\n42\n", r"none of 2 rows is valid; the first: f.jsonl:1: the row is a list"),
         ("x\n".encode("utf-16"), r"none of \d rows is valid; the first: f.jsonl:1: .*UTF-16"),
     ],
 )

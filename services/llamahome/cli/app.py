@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llamahome.cli import fleet, jobs, machine, models, processes
+from llamahome.cli import data, fleet, jobs, machine, models, processes
 from llamahome.cli.exits import report
 from llamahome.cli.output import put
 
@@ -45,6 +45,8 @@ def llamahome(
 app.command("up")(machine.up)
 app.command("demo")(machine.demo)
 app.command("submit")(jobs.submit)
+app.command("validate")(data.validate)
+app.command("inspect")(data.inspect)
 app.command("jobs")(jobs.list_jobs)
 app.command("show")(jobs.show)
 app.command("watch")(jobs.watch)

@@ -9,7 +9,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from llamahome.conversations.bytelevel import NotByteLevel
 from llamahome.conversations.chat import ChatBase
+from llamahome.conversations.fastpath import FastChat
+from llamahome.conversations.proof import unproven
+from llamahome.conversations.shaped import ShapedChat
 from llamahome.conversations.tokenizer import tokenizer_files
 from llamahome.errors import InvalidConfig
 from llamahome.schemas import StageTask
@@ -25,6 +29,12 @@ class LoadedBase:
     files: tuple[Path, ...]
     files_digest: str
     vocabulary: int | None
+
+    def fast(self, loss_scope: str) -> tuple[FastChat | ShapedChat | None, str]:
+        """The fastest path that was proven for this base and scope, None for the template row by
+        row; and why it is no faster one.
+        """
+        return _fast(self.chat, loss_scope)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -66,6 +76,18 @@ def _load(folder: Path, state: tuple[tuple[Path, int, int], ...], today: str | N
         files_digest=digest.hexdigest(),
         vocabulary=_vocabulary(folder / _MODEL_CONFIG),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _fast(chat: ChatBase, loss_scope: str) -> tuple[FastChat | ShapedChat | None, str]:
+    reason = ""
+    fast: FastChat | ShapedChat
+    try:
+        fast = FastChat(chat)
+    except NotByteLevel as error:
+        fast, reason = ShapedChat(chat), str(error)
+    why = unproven(chat, fast, loss_scope=loss_scope)
+    return (None, why) if why else (fast, reason)
 
 
 def _vocabulary(path: Path) -> int | None:

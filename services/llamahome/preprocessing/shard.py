@@ -1,28 +1,41 @@
 """One shard of canonical rows -> token rows. Rows that cannot be trained on are dropped, counted.
 
 The artifact: ``tokens.safetensors`` (conversations.tokens), ``hashes.bin`` (sha256 of each kept
-row, 32 bytes), ``facts.npy`` (int64 [rows, 3]: stop token trained, tokens cut off, control tokens
-neutralised), ``dropped.jsonl`` (schemas.Rejected, lines of the file) and ``counts.json``.
+row, 32 bytes), ``facts.npy`` (int64 [rows, 5], the columns of :class:`Facts`), ``dropped.jsonl``
+(schemas.Rejected, lines of the file) and ``counts.json``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from llamahome.conversations import Conversation, dump
-from llamahome.conversations.chat import ChatBase, Tokenised
+from llamahome.conversations.chat import Tokenised
+from llamahome.conversations.fastpath import FastRow
 from llamahome.conversations.masks import Dropped
 from llamahome.conversations.tokens import TokenRow, TokenRowsWriter
-from llamahome.conversations.truncate import kept_length
+from llamahome.conversations.truncate import TooLong, kept_length
 from llamahome.errors import InvalidConfig, InvalidData, Stopped
 from llamahome.preprocessing.base import load_base
-from llamahome.schemas import Ports, Rejected, RunOutput, Stage, StageResult, StageTask, Step
+from llamahome.preprocessing.path import RowPath, Unproven
+from llamahome.schemas import (
+    JsonObject,
+    Ports,
+    Rejected,
+    RunOutput,
+    Stage,
+    StageResult,
+    StageTask,
+    Step,
+)
 
 ROWS_NAME = "rows.jsonl"
 TOKENS_NAME = "tokens.safetensors"
@@ -31,6 +44,16 @@ FACTS_NAME = "facts.npy"
 DROPPED_NAME = "dropped.jsonl"
 COUNTS_NAME = "counts.json"
 _BOUNDARY_ROWS = 64
+
+
+class Facts(NamedTuple):
+    """What is counted of a kept row, one column each."""
+
+    stop_is_trained: bool
+    tokens_cut: int
+    neutralised: int
+    slow: bool
+    agreed: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,33 +74,72 @@ def rows_of_plan(task: StageTask) -> RunOutput:
 
 def tokenise_shard(task: StageTask, ports: Ports) -> StageResult:
     """Ids and masks of every row. Raises InvalidData (too_long: error), InvalidConfig, Stopped."""
-    base = load_base(task)
-    source = rows_of_plan(task)
-    assert source.artifact is not None, "a validation shard always has an artifact"
-    rows_path = ports.folder(source.artifact) / ROWS_NAME
     folder = ports.scratch / "tokens"
-    folder.mkdir()
-    shard = _Shard(task, base.chat, source.summary["index"], base.vocabulary)
-    scope = {"weight_scope": task.spec.config["loss_scope"]}
-    with TokenRowsWriter(folder / TOKENS_NAME, metadata=scope) as writer:
-        for done, row in enumerate(_rows(rows_path, task.plan["first_line"])):
-            if done % _BOUNDARY_ROWS == 0:
-                _boundary(ports, done, source.summary["rows"])
-            shard.add(row, writer)
-    shard.write(folder)
-    ports.progress(source.summary["rows"], source.summary["rows"])
-    summary = {
-        "rows": len(writer), "rows_in": source.summary["rows"], "split": task.plan["split"],
-        "dropped": dict(sorted(shard.dropped.items())),
-    }  # fmt: skip
-    (folder / COUNTS_NAME).write_bytes(dump(summary) + b"\n")
+    summary = write_shard(task, ports, folder)
     return StageResult(artifact=ports.publish(folder, "rows"), summary=summary)
 
 
+def write_shard(
+    task: StageTask, ports: Ports, folder: Path, *, refused: str | None = None
+) -> JsonObject:
+    """Fill ``folder`` with the shard that the task's plan names; its summary.
+
+    ``refused`` says why the fast path must not be used. Raises as :func:`tokenise_shard`.
+    """
+    base, scope = load_base(task), task.spec.config["loss_scope"]
+    fast, reason = base.fast(scope) if refused is None else (None, refused)
+    try:
+        return _write(
+            task, ports, folder, RowPath(base.chat, fast, loss_scope=scope, reason=reason)
+        )
+    except Unproven as why:
+        shutil.rmtree(folder)
+        ports.event(f"The fast path is not used: {why}", level="warn", data={"reason": str(why)})
+        slow = RowPath(base.chat, None, loss_scope=scope, reason=str(why))
+        return _write(task, ports, folder, slow)
+
+
+def _write(task: StageTask, ports: Ports, folder: Path, path: RowPath) -> JsonObject:
+    source = rows_of_plan(task)
+    assert source.artifact is not None, "a validation shard always has an artifact"
+    # A file that cannot be cut is one validation shard, whose rows are in pieces.
+    rows_path = ports.folder(source.artifact) / task.plan.get("piece", ROWS_NAME)
+    rows_in = int(task.plan.get("piece_rows") or source.summary["rows"])
+    folder.mkdir()
+    shard = _Shard(task, path, source.summary["index"])
+    metadata = {"weight_scope": task.spec.config["loss_scope"]}
+    with TokenRowsWriter(folder / TOKENS_NAME, metadata=metadata) as writer:
+        for done, row in enumerate(_rows(rows_path, task.plan["first_line"])):
+            if done % _BOUNDARY_ROWS == 0:
+                _boundary(ports, done, rows_in)
+            shard.add(row, writer)
+    shard.write(folder)
+    ports.progress(rows_in, rows_in)
+    summary: JsonObject = {
+        "rows": len(writer), "rows_in": rows_in, "split": task.plan["split"], "path": path.name,
+        "path_reason": path.reason,
+        "dropped": dict(sorted(shard.dropped.items())),
+        "source": _source(task, source),
+    }  # fmt: skip
+    (folder / COUNTS_NAME).write_bytes(dump(summary) + b"\n")
+    return summary
+
+
+def _source(task: StageTask, source: RunOutput) -> JsonObject:
+    """What tells this shard's rows from any other's, however the job was cut."""
+    assert source.artifact is not None, "a validation shard always has an artifact"
+    keys = ["first_line", "piece", "piece_rows"]
+    if load_base(task).chat.uses_clock:
+        keys.append("today")
+    plan = {key: task.plan[key] for key in keys if task.plan.get(key) is not None}
+    return {"digest": source.artifact.digest, "index": source.summary["index"], "plan": plan}
+
+
 def _rows(path: Path, first_line: int) -> Iterator[Row]:
+    decode = msgspec.json.Decoder().decode
     with path.open("rb") as rows:
         for raw in rows:
-            body = json.loads(raw)
+            body = decode(raw)
             yield Row(body["file"], body["line"] + first_line, Conversation.from_json(body))
 
 
@@ -90,16 +152,21 @@ def _boundary(ports: Ports, done: int, total: int) -> None:
 class _Shard:
     """Works row by row and keeps what goes beside the tokens."""
 
-    def __init__(
-        self, task: StageTask, chat: ChatBase, source_file: int, vocabulary: int | None
-    ) -> None:
-        self._config = task.spec.config
+    def __init__(self, task: StageTask, path: RowPath, source_file: int) -> None:
+        config = task.spec.config
+        self._max_length: int = config["max_length"]
+        self._too_long: TooLong = config["too_long"]
         self._base_name = task.spec.base.name
-        self._chat = chat
+        self._path = path
         self._source_file = source_file
-        self._vocabulary = vocabulary
+        self._vocabulary = load_base(task).vocabulary
+        # Where the fast way cannot give an id too large, its rows are not looked through for one.
+        largest = path.largest_id
+        self._check_all = self._vocabulary is not None and (
+            largest is None or largest >= self._vocabulary
+        )
         self._digests: list[bytes] = []
-        self._facts: list[tuple[bool, int, int]] = []
+        self._facts: list[Facts] = []
         self._rejected: list[Rejected] = []
         self.dropped: Counter[str] = Counter()
 
@@ -114,30 +181,30 @@ class _Shard:
 
     def write(self, folder: Path) -> None:
         (folder / HASHES_NAME).write_bytes(b"".join(self._digests))
-        np.save(folder / FACTS_NAME, np.array(self._facts, dtype="<i8").reshape(-1, 3))
+        np.save(
+            folder / FACTS_NAME, np.array(self._facts, dtype="<i8").reshape(-1, len(Facts._fields))
+        )
         lines = b"".join(dump(row.model_dump(mode="json")) + b"\n" for row in self._rejected)
         (folder / DROPPED_NAME).write_bytes(lines)
 
     def _keep(self, row: Row, writer: TokenRowsWriter) -> None:
-        found = self._chat.tokenise(row.conversation, loss_scope=self._config["loss_scope"])
-        self._check_ids(found)
+        digest = row.conversation.digest()
+        found, slow = self._path.tokenise(row.conversation, digest)
+        if slow or self._check_all:
+            self._check_ids(found)
         try:
-            kept = kept_length(
-                found.trained,
-                max_length=self._config["max_length"],
-                too_long=self._config["too_long"],
-            )
+            kept = kept_length(found.trained, max_length=self._max_length, too_long=self._too_long)
         except InvalidData as error:
             raise InvalidData(
                 error.message, code=error.code, remedy=error.remedy, file=row.file, line=row.line,
                 field=error.place.field,
             ) from None  # fmt: skip
         writer.add(TokenRow(found.ids[:kept], found.trained[:kept], self._source_file, row.line))
-        cut = len(found.ids) - kept
-        self._facts.append((found.stop_is_trained(kept), cut, found.neutralised))
-        self._digests.append(row.conversation.digest())
+        cut, stop = len(found.ids) - kept, found.stop_is_trained(kept)
+        self._facts.append(Facts(stop, cut, found.neutralised, slow, found.agreed))
+        self._digests.append(digest)
 
-    def _check_ids(self, found: Tokenised) -> None:
+    def _check_ids(self, found: Tokenised | FastRow) -> None:
         largest = int(found.ids.max(initial=0))
         if self._vocabulary is not None and largest >= self._vocabulary:
             raise InvalidConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tiktoken
 import tokenizers
 
 from llamahome.conversations import json_digest
@@ -12,7 +13,7 @@ from llamahome.preprocessing.shard import rows_of_plan, tokenise_shard
 from llamahome.schemas import JsonObject, Ports, Stage, StageResult, StageTask, Step
 
 # Raise it with every change of what a given input gives: it is part of every key.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def run(task: StageTask, ports: Ports) -> StageResult:
@@ -39,6 +40,7 @@ def _base_facts(task: StageTask) -> JsonObject:
         "step": str(task.step),
         "code": CODE_VERSION,
         "tokenizers": tokenizers.__version__,
+        "tiktoken": tiktoken.__version__,
         "tokenizer": base.tokenizer_digest,
         "template": base.template_digest,
         "vocabulary": base.vocabulary,
@@ -54,6 +56,7 @@ def _shard_facts(task: StageTask) -> JsonObject:
     return _base_facts(task) | {
         "rows": source.artifact.digest,
         "file": source.summary["index"],
+        "piece": task.plan.get("piece"),
         "first_line": task.plan["first_line"],
         "split": task.plan["split"],
         "today": task.plan.get("today") if base.chat.uses_clock else None,
@@ -74,6 +77,7 @@ def _close_facts(task: StageTask) -> JsonObject:
         "seed": config["seed"],
         "validation_split": config["validation_split"],
         "duplicates": config["duplicates"],
+        "packing": config["max_length"] if config["packing"] else None,
         "given_validation": bool(task.spec.validation_files),
         "files": load_base(task).files_digest,
     }

@@ -1,6 +1,7 @@
 """All shards' counts -> one report, the quarantine file, duplicates, and the shards to prepare.
 
-The artifact: ``report.json`` (schemas.ValidationReport), ``quarantine.jsonl`` (every rejected row,
+The artifact: ``report.json`` (schemas.ValidationReport), ``report.md`` (the same, to read),
+``quarantine.jsonl`` (every rejected row,
 with the line of its file) and ``duplicates.json``. It is the same however the files were cut.
 """
 
@@ -29,9 +30,11 @@ from llamahome.schemas import (
     ValidationReport,
 )
 from llamahome.validation.duplicates import Duplicates, find_duplicates
-from llamahome.validation.shard import COUNTS_NAME, REJECTED_NAME
+from llamahome.validation.page import report_page
+from llamahome.validation.shard import COUNTS_NAME, REJECTED_NAME, piece_name
 
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.md"
 QUARANTINE_NAME = "quarantine.jsonl"
 DUPLICATES_NAME = "duplicates.json"
 EXAMPLES = 20
@@ -47,6 +50,7 @@ class Shard:
     rows: int
     first_line: int
     folder: Path
+    pieces: tuple[int, ...]
 
 
 def close(task: StageTask, ports: Ports) -> StageResult:
@@ -58,6 +62,7 @@ def close(task: StageTask, ports: Ports) -> StageResult:
     examples = _write_quarantine(folder / QUARANTINE_NAME, shards)
     report = _report(task.spec, shards, duplicates, examples)
     (folder / REPORT_NAME).write_bytes(dump(report.model_dump(mode="json")) + b"\n")
+    (folder / PAGE_NAME).write_text(report_page(report), encoding="utf-8")
     (folder / DUPLICATES_NAME).write_bytes(dump(duplicates.to_json()) + b"\n")
     _tell(report, ports)
     _check(report, task.spec)
@@ -88,6 +93,7 @@ def _shards(task: StageTask, ports: Ports) -> list[Shard]:
             Shard(
                 number=output.shard, split=facts["split"], index=facts["index"],
                 rows=facts["rows"], first_line=lines[place], folder=ports.folder(output.artifact),
+                pieces=tuple(facts.get("pieces", ())),
             )
         )  # fmt: skip
         lines[place] += facts["lines"]
@@ -138,19 +144,25 @@ def _files(spec: JobSpec) -> list[tuple[tuple[str, int], FileRef]]:
 def _file_counts(file: FileRef, shards: Sequence[Shard]) -> FileCounts:
     total = valid = blank = 0
     invalid: Counter[str] = Counter()
+    format = container = None
     for shard in shards:
         counts = FileCounts.model_validate_json((shard.folder / COUNTS_NAME).read_bytes())
         total, valid, blank = total + counts.total, valid + counts.valid, blank + counts.blank
         invalid.update(counts.invalid)
+        # Every shard looks at the file's first rows, so all say the same.
+        format, container = counts.format, counts.container
     return FileCounts(
         file=file.filename, total=total, valid=valid, blank=blank,
-        invalid=dict(sorted(invalid.items())),
+        invalid=dict(sorted(invalid.items())), format=format, container=container,
     )  # fmt: skip
 
 
 def _tell(report: ValidationReport, ports: Ports) -> None:
     bad = sum(report.invalid.values())
-    counts = {"total": report.total, "valid": report.valid, "invalid": report.invalid}
+    counts = {
+        "total": report.total, "valid": report.valid, "invalid": report.invalid,
+        "files": {f.file: {"format": f.format, "container": f.container} for f in report.files},
+    }  # fmt: skip
     ports.event(f"Checked {report.total} rows: {report.valid} valid, {bad} invalid", data=counts)
     if report.examples:
         shown = [example.model_dump(mode="json") for example in report.examples]
@@ -203,11 +215,16 @@ def _first_problem(report: ValidationReport) -> str:
 def _next_plans(shards: Sequence[Shard]) -> tuple[JsonObject, ...]:
     # Some templates write the date. One for the whole job, whenever its shards are prepared.
     today = datetime.date.today().isoformat()
-    filled = [shard for shard in shards if shard.rows]
-    return tuple(
-        {
-            "split": shard.split, "rows": shard.number, "index": index,
-            "first_line": shard.first_line, "today": today,
-        }
-        for index, shard in enumerate(filled)
-    )  # fmt: skip
+    plans: list[JsonObject] = []
+    for shard in shards:
+        plan = {"split": shard.split, "rows": shard.number, "first_line": shard.first_line,
+                "today": today}  # fmt: skip
+        if shard.pieces:
+            # Part of the shard's rows: the file they are in, and how many they are.
+            plans += [
+                plan | {"piece": piece_name(number), "piece_rows": rows}
+                for number, rows in enumerate(shard.pieces)
+            ]
+        elif shard.rows:
+            plans.append(plan)
+    return tuple(plan | {"index": index} for index, plan in enumerate(plans))

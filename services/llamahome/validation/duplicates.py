@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,41 +48,61 @@ class Duplicates:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Rows:
-    """digests S32 [n], file int64 [n] (index within its side), line int64 [n]."""
+class Rows:
+    """One side's rows: ``digests`` S32 [n], ``files`` int64 [n] (index in ``names``), ``lines``
+    int64 [n].
+    """
 
+    names: Sequence[str]
     digests: NDArray[np.bytes_]
     files: NDArray[np.int64]
     lines: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, names: Sequence[str], parts: Iterable[tuple[int, bytes, bytes, int]]) -> Rows:
+        """From parts of files: (file, digests, lines as int64 little-endian, lines before it)."""
+        digests: list[NDArray[Any]] = [np.zeros(0, _DIGEST)]
+        files: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        lines: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        for file, raw_digests, raw_lines, before in parts:
+            digests.append(np.frombuffer(raw_digests, _DIGEST))
+            found = np.frombuffer(raw_lines, np.dtype("<i8"))
+            lines.append(found + before)
+            files.append(np.full(len(found), file, np.int64))
+        return cls(names, np.concatenate(digests), np.concatenate(files), np.concatenate(lines))
+
 
 def find_duplicates(shards: Sequence[CheckedShard], spec: JobSpec) -> Duplicates:
+    """Duplicates among the rows that the shards left, and leakage from training to validation."""
+    training, validation = (
+        Rows.of([file.filename for file in files], _parts(shards, split))
+        for split, files in (
+            ("training", spec.training_files),
+            ("validation", spec.validation_files),
+        )
+    )
+    return compare(training, validation)
+
+
+def compare(training: Rows, validation: Rows) -> Duplicates:
     """Duplicates on each side, and leakage from training into validation."""
-    training = _read([shard for shard in shards if shard.split == "training"])
-    validation = _read([shard for shard in shards if shard.split == "validation"])
-    rows = 0
-    groups: list[tuple[JsonObject, ...]] = []
-    for side, files in ((training, spec.training_files), (validation, spec.validation_files)):
-        names = [file.filename for file in files]
-        rows += len(side.digests) - len(np.unique(side.digests))
-        groups += _examples(side, names)
-    leaked = int(np.isin(validation.digests, training.digests).sum())
-    return Duplicates(rows, leaked, tuple(groups[:EXAMPLES]))
+    sides = (training, validation)
+    return Duplicates(
+        rows=sum(len(side.digests) - len(np.unique(side.digests)) for side in sides),
+        leaked=int(np.isin(validation.digests, training.digests).sum()),
+        groups=tuple([group for side in sides for group in _examples(side)][:EXAMPLES]),
+    )
 
 
-def _read(shards: Sequence[CheckedShard]) -> _Rows:
-    digests: list[NDArray[Any]] = [np.zeros(0, _DIGEST)]
-    files: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    lines: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+def _parts(shards: Sequence[CheckedShard], split: str) -> Iterator[tuple[int, bytes, bytes, int]]:
     for shard in shards:
-        digests.append(np.frombuffer((shard.folder / HASHES_NAME).read_bytes(), _DIGEST))
-        found = np.frombuffer((shard.folder / LINES_NAME).read_bytes(), np.dtype("<i8"))
-        lines.append(found + shard.first_line)
-        files.append(np.full(len(found), shard.index, np.int64))
-    return _Rows(np.concatenate(digests), np.concatenate(files), np.concatenate(lines))
+        if shard.split == split:
+            digests = (shard.folder / HASHES_NAME).read_bytes()
+            lines = (shard.folder / LINES_NAME).read_bytes()
+            yield shard.index, digests, lines, shard.first_line
 
 
-def _examples(side: _Rows, names: Sequence[str]) -> list[tuple[JsonObject, ...]]:
+def _examples(side: Rows) -> list[tuple[JsonObject, ...]]:
     """The first groups of equal rows, ordered by the place of their first row."""
     order = np.argsort(side.digests, kind="stable")
     ordered = side.digests[order]
@@ -92,7 +112,7 @@ def _examples(side: _Rows, names: Sequence[str]) -> list[tuple[JsonObject, ...]]
     repeated = [(order[a], a, b) for a, b in zip(starts, ends, strict=True) if b - a > 1]
     return [
         tuple(
-            {"file": names[side.files[row]], "line": int(side.lines[row])}
+            {"file": side.names[side.files[row]], "line": int(side.lines[row])}
             for row in order[a : min(b, a + EXAMPLES)]
         )
         for _, a, b in sorted(repeated)[:EXAMPLES]

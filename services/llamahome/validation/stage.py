@@ -9,7 +9,7 @@ from llamahome.validation.close import close
 from llamahome.validation.shard import check_shard, shard_file
 
 # Raise it with every change of what a given input gives: it is part of every key.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def run(task: StageTask, ports: Ports) -> StageResult:
@@ -31,7 +31,14 @@ def key(task: StageTask) -> str:
     if task.step is Step.shard:
         file = shard_file(task)
         return json_digest(
-            facts | {"plan": task.plan, "name": file.filename, "sha256": file.sha256}
+            facts
+            | {
+                "plan": task.plan,
+                "name": file.filename,
+                "sha256": file.sha256,
+                # Rows that cannot be cut where the file is are cut into pieces of this size.
+                "piece_bytes": spec.shard_bytes,
+            }
         )
     shards = [[output.summary, output.artifact.digest] for output in task.inputs if output.artifact]
     return json_digest(

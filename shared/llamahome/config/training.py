@@ -110,9 +110,13 @@ class LoggingConfig(Section):
     steps: Positive = 1
 
 
-class ValidationLimits(Section):
-    """Limits on one row; at the limit passes, one more is refused."""
+class ValidationConfig(Section):
+    """How rows are read. At a limit passes, one more is refused.
 
+    ``format`` None: each file's rows show it.
+    """
+
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
     max_messages: Positive = 1000
     max_chars_per_message: Positive = 1_000_000
     max_line_bytes: Positive = 16 * 1024 * 1024
@@ -147,7 +151,7 @@ class TrainingConfig(Section):
     max_invalid_share: Annotated[Number, Field(ge=0, le=1)] = 1.0
     checkpointing: CheckpointingConfig = CheckpointingConfig()
     logging: LoggingConfig = LoggingConfig()
-    validation: ValidationLimits = ValidationLimits()
+    validation: ValidationConfig = ValidationConfig()
 
     @model_validator(mode="before")
     @classmethod

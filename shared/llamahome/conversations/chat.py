@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from llamahome.conversations.agreement import agree
 from llamahome.conversations.control import ControlText, Marks, any_of
 from llamahome.conversations.conversation import Conversation
 from llamahome.conversations.masks import Dropped, Encoded, stop_is_trained, trained_tokens
@@ -25,7 +26,8 @@ class Tokenised:
 
     ``text`` is what the template wrote, ``starts`` and ``ends`` int64 [n] the characters of it
     that each token covers; ``control`` bool [n] marks control tokens; ``neutralised`` counts the
-    spellings of control tokens that were kept as text.
+    spellings of control tokens that were kept as text; ``agreed`` says that the mask was derived
+    a second time, from the places of the messages' texts, where those can be followed.
     """
 
     text: str
@@ -35,6 +37,7 @@ class Tokenised:
     ends: NDArray[np.int64]
     control: NDArray[np.bool_]
     neutralised: int = 0
+    agreed: bool = False
 
     def stop_is_trained(self, length: int | None = None) -> bool:
         """Whether, of the first ``length`` tokens, the last trained one is a control token."""
@@ -51,16 +54,16 @@ class ChatBase:
         """Raises InvalidConfig where the template cannot be read."""
         self.tokenizer = tokenizer
         sources = [tokenizer.template_for(tools=tools) for tools in (False, True)]
-        self._template, self._tool_template = (
+        self.template, self._tool_template = (
             ChatTemplate(source, tokenizer.named, today=today) for source in sources
         )
         self.has_template = bool(tokenizer.templates)
         added = [token for token in tokenizer.added if not token.text.isspace()]
         special = {token.text for token in added if token.special}
         written = {token.text for token in added if self._writes(token.text)}
-        self._control = ControlText(special, written - special)
+        self.control = ControlText(special, written - special)
         self._control_ids = np.array(
-            [token.id for token in added if token.text in self._control.tokens], dtype=np.int32
+            [token.id for token in added if token.text in self.control.tokens], dtype=np.int32
         )
         self._twin: Tokenizer | None = None
 
@@ -76,22 +79,24 @@ class ChatBase:
     @property
     def template_digest(self) -> str:
         """sha256 over the templates for rows without and with tools."""
-        both = f"{self._template.digest} {self._tool_template.digest}"
+        both = f"{self.template.digest} {self._tool_template.digest}"
         return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def template_source(self) -> str:
         """The template for rows without tools: the base's own, or the fallback."""
-        return self._template.source
+        return self.template.source
 
     @property
     def uses_clock(self) -> bool:
         """Whether the template asks for today's date."""
-        return self._template.uses_clock or self._tool_template.uses_clock
+        return self.template.uses_clock or self._tool_template.uses_clock
 
     def tokenise(self, conversation: Conversation, *, loss_scope: str) -> Tokenised:
-        """Ids and trained mask of one row, untruncated. Raises Dropped with the reason."""
-        template = self._tool_template if conversation.tools else self._template
+        """Ids and trained mask of one row, untruncated. Raises Dropped with the reason, among them
+        that the two derivations of the mask (``masks``, ``agreement``) disagree.
+        """
+        template = self._tool_template if conversation.tools else self.template
         try:
             rendered = template.render(conversation)
         except TemplateRefused as refused:
@@ -101,17 +106,18 @@ class ChatBase:
         return Tokenised(
             text=rendered.text, ids=encoded.ids, trained=trained, starts=encoded.starts,
             ends=encoded.ends, control=encoded.control, neutralised=neutralised,
+            agreed=agree(conversation, template, encoded, trained, loss_scope),
         )  # fmt: skip
 
     def _writes(self, token: str) -> bool:
-        return self._template.writes(token) or self._tool_template.writes(token)
+        return self.template.writes(token) or self._tool_template.writes(token)
 
     def _encode(
         self, conversation: Conversation, template: ChatTemplate, rendered: Rendered
     ) -> tuple[Encoded, int]:
-        if not self._control.occurs_in(conversation):
+        if not self.control.occurs_in(conversation):
             encoding = self.tokenizer.encode(rendered.text)
-            return self._encoded(rendered.text, encoding.ids, np.array(encoding.offsets)), 0
+            return self.encoded(rendered.text, encoding.ids, np.array(encoding.offsets)), 0
         return self._encode_marked(conversation, template, rendered.text)
 
     def _encode_marked(
@@ -119,7 +125,7 @@ class ChatBase:
     ) -> tuple[Encoded, int]:
         marks = Marks.absent_from([text, template.source])
         try:
-            marked = template.render(self._control.marked(conversation, marks)).text
+            marked = template.render(self.control.marked(conversation, marks)).text
         except TemplateRefused as refused:
             raise Dropped("control_text", f"the chat template says: {refused}") from None
         if marks.strip(marked) != text or any(mark in text for mark in RENAME_MARKS):
@@ -129,16 +135,16 @@ class ChatBase:
             )
         respelled, places, neutralised = self._respell(marked, marks)
         if self._twin is None:
-            self._twin = self.tokenizer.renamed(self._control.tokens)
+            self._twin = self.tokenizer.renamed(self.control.tokens)
         encoding = self._twin.encode(respelled, add_special_tokens=False)
         offsets = places[np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)]
-        return self._encoded(text, encoding.ids, offsets), neutralised
+        return self.encoded(text, encoding.ids, offsets), neutralised
 
     def _respell(self, marked: str, marks: Marks) -> tuple[str, NDArray[np.int64], int]:
         """The text for the twin tokenizer, and for each of its characters the place in the plain
         text; marks are gone, the template's own control tokens have their other names.
         """
-        token = any_of(self._control.tokens).pattern
+        token = any_of(self.control.tokens).pattern
         pieces: list[str] = []
         places: list[NDArray[np.int64]] = []
         at = neutralised = last = 0
@@ -162,13 +168,18 @@ class ChatBase:
         places.append(np.arange(at, at + len(marked) - last + 1))
         return "".join(pieces), np.concatenate(places), neutralised
 
-    def _encoded(self, text: str, ids: list[int], offsets: NDArray[np.int64]) -> Encoded:
+    def encoded(self, text: str, ids: list[int], offsets: NDArray[np.int64]) -> Encoded:
+        """Arrays of what the tokenizer gave for ``text``."""
         array = np.array(ids, dtype=np.int32)
         offsets = offsets.reshape(-1, 2)
+        control = np.isin(array, self._control_ids)
+        # The token for unknown text has a control token's id without being one.
+        for place in np.flatnonzero(array == self.tokenizer.unknown_id):
+            control[place] = text[slice(*offsets[place])].strip() == self.tokenizer.unknown
         return Encoded(
             text=text,
             ids=array,
             starts=offsets[:, 0].astype(np.int64),
             ends=offsets[:, 1].astype(np.int64),
-            control=np.isin(array, self._control_ids),
+            control=control,
         )

@@ -53,7 +53,11 @@ class ControlText:
 
     def occurs_in(self, conversation: Conversation) -> bool:
         """Whether some text holds a spelling, or an end or start that a neighbour may complete."""
-        return any(self._of(role).touches(text) for role, text in conversation.texts())
+        return any(self.touches(role, text) for role, text in conversation.texts())
+
+    def touches(self, role: str, text: str) -> bool:
+        """Whether one text of a message of ``role`` does."""
+        return self._of(role).touches(text)
 
     def marked(self, conversation: Conversation, marks: Marks) -> Conversation:
         """A copy with marks around every spelling, and beside every end that could become one."""
@@ -80,9 +84,19 @@ class _Spellings:
         self._starts = frozenset(token[:n] for token in tokens for n in range(1, len(token)))
         self._ends = frozenset(token[-n:] for token in tokens for n in range(1, len(token)))
         self._longest = max((len(token) for token in tokens), default=0)
+        self._first = {token[:1] for token in tokens}
+        self._last = {token[-1:] for token in tokens}
 
     def touches(self, text: str) -> bool:
-        return bool(self.pattern.search(text)) or self._opens(text) or self._closes(text)
+        # Most texts lack the characters that tokens start and end with, which is cheap to see.
+        for first in self._first:
+            if first in text and (self.pattern.search(text) or self._opens(text)):
+                return True
+        for head in (text[: self._longest], text.lstrip()[: self._longest]):
+            for last in self._last:
+                if last in head:
+                    return self._closes(text)
+        return False
 
     def mark(self, value: Any, marks: Marks) -> Any:
         if isinstance(value, str):

@@ -8,9 +8,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
+
 from llamahome.schemas import JsonObject
 
 ASSISTANT = "assistant"
+_AS_IT_IS = msgspec.json.Encoder()
+# ``fast`` packs its own types to the same bytes: a row's digest must not depend on who read it.
+_CANONICAL = msgspec.msgpack.Encoder(order="sorted")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,7 +42,17 @@ class Conversation:
 
     def digest(self) -> bytes:
         """sha256, 32 bytes: equal for rows that differ in key order and JSON whitespace only."""
-        return hashlib.sha256(dump(self.to_json(), sort_keys=True)).digest()
+        body = self.to_json()
+        try:
+            packed = _CANONICAL.encode(body)
+        except OverflowError:
+            # An integer of more than 64 bits, somewhere in a tool.
+            packed = dump(body, sort_keys=True)
+        return hashlib.sha256(packed).digest()
+
+    def to_bytes(self) -> bytes:
+        """Compact UTF-8 JSON of :meth:`to_json`; keys stay in order, for templates show it."""
+        return _AS_IT_IS.encode(self.to_json())
 
     def assistant_turns(self) -> tuple[int, ...]:
         """Indices of the assistant's messages."""

@@ -6,7 +6,10 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-_CHUNK_BYTES = 1024 * 1024
+# Small enough to stay near the processor until its lines have been checked.
+_CHUNK_BYTES = 256 * 1024
+# The end of a range's last line is seldom far.
+_BEYOND_BYTES = 64 * 1024
 
 # Longest first: UTF-32's mark starts with UTF-16's.
 _FOREIGN_STARTS = (
@@ -14,16 +17,14 @@ _FOREIGN_STARTS = (
     (codecs.BOM_UTF32_BE, "UTF-32 text; save it as UTF-8"),
     (codecs.BOM_UTF16_LE, "UTF-16 text; save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16 text; save it as UTF-8"),
-    (b"\x1f\x8b", "gzip; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard; unpack it first"),
     (b"PK\x03\x04", "a zip archive; unpack it first"),
-    (b"PAR1", "Parquet; write it as JSONL"),
+    (b"BZh", "bzip2; unpack it, or use .gz or .zst"),
+    (b"\xfd7zXZ\x00", "xz; unpack it, or use .gz or .zst"),
 )
-HEAD_BYTES = 4
 
 
 def foreign_format(head: bytes) -> str | None:
-    """What a file with these first bytes is, if it cannot be JSONL; None where it may be."""
+    """What a file with these first bytes is, if it cannot be read; None where it may be."""
     return next((name for start, name in _FOREIGN_STARTS if head.startswith(start)), None)
 
 
@@ -35,30 +36,51 @@ def lines_of_range(
     The line comes without its ``\n`` or ``\r\n``; it is None where it is longer than
     ``max_line_bytes``, and is then never held whole. A range that does not start at 0 begins after
     the first newline at or after ``start - 1``, so ranges that touch give every line exactly once.
+    A stream that cannot seek stands at ``start``.
     """
-    position = start
-    if start > 0:
-        stream.seek(start - 1)
-        position = start - 1 + _skip_line(stream)
-    else:
-        stream.seek(0)
+    position = _first_line(stream, start, end)
+    rest, dropped = b"", 0
     while position < end:
-        # Two more bytes for the line's end, which does not count.
-        raw = stream.readline(max_line_bytes + 2)
-        if not raw:
+        left = end - position - len(rest) - dropped
+        chunk = stream.read(min(_CHUNK_BYTES, max(left, _BEYOND_BYTES)))
+        if not chunk:
+            if rest or dropped:
+                yield _whole(rest, dropped, max_line_bytes), position + len(rest) + dropped
             return
-        position += len(raw)
-        if not raw.endswith(b"\n") and len(raw) == max_line_bytes + 2:
-            position += _skip_line(stream)
-        line = raw.removesuffix(b"\n").removesuffix(b"\r")
-        yield (line if len(line) <= max_line_bytes else None), position
+        lines = (rest + chunk).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            position += len(line) + 1 + dropped
+            if dropped or len(line) >= max_line_bytes or line.endswith(b"\r"):
+                yield _whole(line, dropped, max_line_bytes), position
+                dropped = 0
+            else:
+                yield line, position
+            if position >= end:
+                return
+        # One more byte may be the \r of the line's end, which does not count.
+        if len(rest) > max_line_bytes + 1:
+            rest, dropped = b"", dropped + len(rest)
+            if position + dropped >= end:
+                # Where it ends does not matter: no other line starts in the range.
+                yield None, position + dropped
+                return
 
 
-def _skip_line(stream: BinaryIO) -> int:
-    """Read up to and with the next newline, in bounded memory; bytes read."""
-    skipped = 0
-    while piece := stream.readline(_CHUNK_BYTES):
-        skipped += len(piece)
+def _whole(line: bytes, dropped: int, max_line_bytes: int) -> bytes | None:
+    line = line.removesuffix(b"\r")
+    return line if not dropped and len(line) <= max_line_bytes else None
+
+
+def _first_line(stream: BinaryIO, start: int, end: int) -> int:
+    """Go to the first line that starts in the range; its offset, or one beyond the range."""
+    if start == 0:
+        if stream.seekable():
+            stream.seek(0)
+        return 0
+    position = stream.seek(start - 1)
+    while position < end and (piece := stream.readline(_CHUNK_BYTES)):
+        position += len(piece)
         if piece.endswith(b"\n"):
             break
-    return skipped
+    return position

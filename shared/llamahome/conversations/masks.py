@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamahome.conversations.conversation import Conversation
-from llamahome.conversations.templates import ChatTemplate, Rendered, Span, TemplateRefused
+from llamahome.conversations.templates import Rendered, Span, TemplateRefused
 
 
 class Dropped(Exception):
@@ -37,6 +37,16 @@ class Encoded(NamedTuple):
     control: NDArray[np.bool_]
 
 
+class Template(Protocol):
+    """What is asked of a chat template here; ``templates.ChatTemplate`` is one."""
+
+    @property
+    def marks_generations(self) -> bool: ...
+    def render(
+        self, conversation: Conversation, *, turns: int | None = None, prompt: bool = False
+    ) -> Rendered: ...
+
+
 class _Masked(Protocol):
     @property
     def trained(self) -> NDArray[np.bool_]: ...
@@ -50,7 +60,7 @@ class _Masked(Protocol):
 
 def trained_tokens(
     conversation: Conversation,
-    template: ChatTemplate,
+    template: Template,
     rendered: Rendered,
     encoded: Encoded,
     loss_scope: str,
@@ -62,11 +72,11 @@ def trained_tokens(
         removed = sorted(set(turns) - wanted)
         mask = np.ones(len(encoded.ids), dtype=np.bool_)
         if removed:
-            mask &= ~_mask(_answers(conversation, template, rendered, encoded, removed), encoded)
+            mask &= ~mask_of(_answers(conversation, template, rendered, encoded, removed), encoded)
         return mask
     if not wanted:
         return np.zeros(len(encoded.ids), dtype=np.bool_)
-    return _mask(_answers(conversation, template, rendered, encoded, sorted(wanted)), encoded)
+    return mask_of(_answers(conversation, template, rendered, encoded, sorted(wanted)), encoded)
 
 
 def stop_is_trained(text: str, row: _Masked, length: int | None = None) -> bool:
@@ -82,7 +92,7 @@ def stop_is_trained(text: str, row: _Masked, length: int | None = None) -> bool:
 
 def _answers(
     conversation: Conversation,
-    template: ChatTemplate,
+    template: Template,
     rendered: Rendered,
     encoded: Encoded,
     turns: Sequence[int],
@@ -105,7 +115,7 @@ def _answers(
     return [span for span in spans if any(a <= span[0] < b for a, b in wanted)]
 
 
-def _turn(conversation: Conversation, template: ChatTemplate, text: str, turn: int) -> Span:
+def _turn(conversation: Conversation, template: Template, text: str, turn: int) -> Span:
     """Characters of message ``turn``, from the end of the prompt to the end of the turn."""
     last = turn == len(conversation.messages) - 1
     try:
@@ -134,7 +144,7 @@ def _cut_after_closing(span: Span, encoded: Encoded) -> Span:
     for token in reversed(tokens):
         if encoded.control[token]:
             return span[0], int(encoded.ends[token])
-        if not _is_space(token, encoded):
+        if not _is_space(token, encoded, span[1]):
             break
     return span
 
@@ -149,7 +159,7 @@ def _with_closing(span: Span, encoded: Encoded, closing: Sequence[int] | None) -
     for token in reversed(tokens):
         if encoded.control[token]:
             return span
-        if not _is_space(token, encoded):
+        if not _is_space(token, encoded, span[1]):
             break
     end, follows = span[1], 0
     for token in range(tokens.stop, len(encoded.ids)):
@@ -177,11 +187,14 @@ def _overlapping(span: Span, encoded: Encoded) -> range:
     return range(first, max(first, stop))
 
 
-def _is_space(token: int, encoded: Encoded) -> bool:
-    return encoded.text[encoded.starts[token] : encoded.ends[token]].isspace()
+def _is_space(token: int, encoded: Encoded, end: int | None = None) -> bool:
+    """Whether what the token covers, up to ``end`` if it reaches further, is white space."""
+    stop = int(encoded.ends[token])
+    return encoded.text[encoded.starts[token] : stop if end is None else min(stop, end)].isspace()
 
 
-def _mask(spans: Iterable[Span], encoded: Encoded) -> NDArray[np.bool_]:
+def mask_of(spans: Iterable[Span], encoded: Encoded) -> NDArray[np.bool_]:
+    """bool [n]: the tokens that share a character with a span."""
     mask = np.zeros(len(encoded.ids), dtype=np.bool_)
     for span in spans:
         tokens = _overlapping(span, encoded)

@@ -1,25 +1,24 @@
-"""One raw line of a JSONL file -> a canonical conversation, or the reason why not.
+"""One raw row of a file -> a canonical conversation, or the reason why not.
 
-Strict on purpose: JSON as RFC 8259 has it (no NaN, no Infinity, no number that overflows), no key
-twice, UTF-8 only, no lone surrogates, nesting up to ``MAX_DEPTH``. The codes are stable and few;
-they are metric labels.
+Strict on purpose (``strict_json``). The codes are stable and few; they are metric labels.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from llamahome.conversations.containers import ARRAY, LINES
 from llamahome.conversations.conversation import Conversation, dump
-from llamahome.conversations.rules import Limits, Refused, checked_messages, checked_tools
+from llamahome.conversations.formats import MESSAGES, canonical_row
+from llamahome.conversations.records import Source
+from llamahome.conversations.rules import Limits, checked_messages, checked_tools
+from llamahome.conversations.strict_json import Refused, read_json
 from llamahome.schemas import Rejected
 
-MAX_DEPTH = 32
 RAW_CHARS = 2000
 _BOM = b"\xef\xbb\xbf"
-_MESSAGE_KEYS = ("messages", "conversation", "conversations")
 
 
 def parse_row(
@@ -30,12 +29,15 @@ def parse_row(
     limits: Limits,
     first: bool | None = None,
     foreign: str | None = None,
+    format: str = MESSAGES,
+    read: Callable[[bytes], Any] = read_json,
 ) -> Conversation | Rejected | None:
     """What line ``line`` (1-based) of ``file`` holds; None for a blank line.
 
-    ``raw`` is the line without its end, None where it was too long to be read. A byte order mark is
-    no part of the file's ``first`` line (by default: line 1). ``foreign`` is what
-    ``lines.foreign_format`` said of the file.
+    ``raw`` is the row's JSON without the line's end, None where it was too long to be read. A byte
+    order mark is no part of the file's ``first`` line (by default: line 1). ``foreign`` is what
+    ``lines.foreign_format`` said of the file, ``format`` one of ``formats.FORMATS``. ``read`` is
+    how the JSON is read.
     """
     try:
         if foreign is not None:
@@ -46,88 +48,57 @@ def parse_row(
             raw = raw.removeprefix(_BOM)
         if not raw.strip():
             return None
-        return _conversation(_parse(raw), limits)
+        return conversation_of(read(raw), limits, format)
     except Refused as refused:
         return Rejected(
             file=file, line=line, code=refused.code, reason=refused.reason, index=refused.index
         )
 
 
+def parse_record(
+    record: bytes | Refused | None,
+    *,
+    source: Source,
+    line: int,
+    limits: Limits,
+    first: bool,
+    number: int,
+) -> Conversation | Rejected | None:
+    """What the ``number``-th record of ``records.records`` holds; None for a blank line.
+
+    ``first``: line 1 of the file. Only lines have a byte order mark of their own. Elements of an
+    array are named by their number too, for a whole array may stand on one line.
+    """
+    found = _parsed(record, source, line, limits, first and source.layout == LINES)
+    if isinstance(found, Rejected) and source.layout == ARRAY:
+        return found.model_copy(update={"reason": f"element {number}: {found.reason}"})
+    return found
+
+
+def _parsed(
+    record: bytes | Refused | None, source: Source, line: int, limits: Limits, first: bool
+) -> Conversation | Rejected | None:
+    if isinstance(record, Refused):
+        return Rejected(file=source.filename, line=line, code=record.code, reason=record.reason)
+    return parse_row(
+        record, file=source.filename, line=line, limits=limits, first=first,
+        foreign=source.foreign, format=source.format,
+    )  # fmt: skip
+
+
+def conversation_of(value: Any, limits: Limits, format: str) -> Conversation:
+    """The conversation that a row's JSON value is. Raises Refused."""
+    if not isinstance(value, dict):
+        raise Refused("not_an_object", f"the row is {kind_of(value)}, not an object")
+    row = canonical_row(value, format)
+    messages = checked_messages(row["messages"], limits)
+    return Conversation(messages=messages, tools=checked_tools(row))
+
+
 def shown_raw(raw: bytes | None) -> str:
     """A line as the quarantine file shows it: 2,000 characters at most, bad bytes escaped."""
     head = (raw or b"")[: 4 * RAW_CHARS]
     return head.decode("utf-8", "backslashreplace")[:RAW_CHARS]
-
-
-def _parse(raw: bytes) -> Any:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Refused("not_utf8", f"byte {error.start + 1} is not UTF-8") from None
-    try:
-        return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise Refused("invalid_json", f"{error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise Refused("too_deep", f"nested deeper than {MAX_DEPTH}") from None
-    except ValueError:
-        # Python refuses to convert integers of more than 4,300 digits.
-        raise Refused("invalid_json", "a number has too many digits") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise Refused("duplicate_key", f"the key {twice[:50]!r} stands twice in one object")
-    return found
-
-
-def _constant(name: str) -> Any:
-    raise Refused("not_finite", f"{name} is no JSON number")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise Refused("not_finite", f"the number {text[:30]} is too large")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
-
-
-def _conversation(value: Any, limits: Limits) -> Conversation:
-    if not isinstance(value, dict):
-        raise Refused("not_an_object", f"the line is {kind_of(value)}, not an object")
-    _check_depth(value)
-    messages = checked_messages(_messages(value), limits)
-    tools = checked_tools(value)
-    return Conversation(messages=messages, tools=tools)
-
-
-def _messages(row: Mapping[str, Any]) -> Any:
-    given = [key for key in _MESSAGE_KEYS if key in row]
-    if not given:
-        raise Refused("missing_messages", "has no key messages, conversation or conversations")
-    if any(row[key] != row[given[0]] for key in given[1:]):
-        raise Refused("ambiguous_messages", f"{' and '.join(given)} differ")
-    return row[given[0]]
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for node in level
-            for item in (node.values() if isinstance(node, dict) else node)
-            if isinstance(item, (dict, list))
-        ]
-        if not level:
-            return
-    raise Refused("too_deep", f"nested deeper than {MAX_DEPTH}")
 
 
 def kind_of(value: Any) -> str:

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
+from llamahome.conversations.strict_json import Refused
 from llamahome.schemas import JsonObject
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -26,6 +30,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _UNSUPPORTED = ("function_call", "audio", "refusal")
 # Format and control characters show nothing on their own.
 _INVISIBLE = frozenset({"Cf", "Cc"})
+# A text that starts with one of these shows something.
+SEEN = frozenset(string.ascii_letters + string.digits + string.punctuation)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,14 +41,6 @@ class Limits:
     max_messages: int = 1000
     max_chars_per_message: int = 1_000_000
     max_line_bytes: int = 16 * 1024 * 1024
-
-
-class Refused(Exception):
-    """A row that cannot be used; ``index`` is the message's place in it."""
-
-    def __init__(self, code: str, reason: str, index: int | None = None) -> None:
-        super().__init__(reason)
-        self.code, self.reason, self.index = code, reason, index
 
 
 def checked_messages(messages: Any, limits: Limits) -> tuple[JsonObject, ...]:
@@ -60,7 +58,7 @@ def checked_messages(messages: Any, limits: Limits) -> tuple[JsonObject, ...]:
         except Refused as refused:
             reason = f"message {index}: {refused.reason}"
             raise Refused(refused.code, reason, index) from None
-    _check_structure([message["role"] for message in found])
+    check_structure([message["role"] for message in found])
     return tuple(found)
 
 
@@ -81,6 +79,16 @@ def _message(message: Any, limits: Limits) -> JsonObject:
     if not isinstance(message, dict):
         raise Refused("invalid_message", "is not an object")
     role = _role(message)
+    if len(message) == 2 and "content" in message:
+        found = {"role": role, "content": _content(message, limits, may_be_empty=False)}
+    else:
+        found = _with_more(message, role, limits)
+    _check_surrogates(found)
+    return found
+
+
+def _with_more(message: Mapping[str, Any], role: str, limits: Limits) -> JsonObject:
+    """A message that has more than its role and content."""
     for key in _UNSUPPORTED:
         if message.get(key) is not None:
             raise Refused("unsupported_key", f"{key} is not read")
@@ -97,7 +105,6 @@ def _message(message: Any, limits: Limits) -> JsonObject:
         found["tool_calls"] = calls
     if reasoning := _reasoning(message, role):
         found["reasoning_content"] = reasoning
-    _check_surrogates(found)
     return found
 
 
@@ -126,7 +133,7 @@ def _content(message: Mapping[str, Any], limits: Limits, *, may_be_empty: bool) 
             "message_too_long",
             f"content has {len(content)} characters, at most {limits.max_chars_per_message}",
         )
-    if not may_be_empty and not _visible(content):
+    if not may_be_empty and not is_visible(content):
         raise Refused("empty_content", "content shows nothing")
     return content
 
@@ -144,8 +151,12 @@ def _text(owner: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _visible(text: str) -> bool:
-    return any(not char.isspace() and unicodedata.category(char) not in _INVISIBLE for char in text)
+def is_visible(text: str) -> bool:
+    """Whether anything of it can be seen."""
+    # "" is what an empty text starts with.
+    return text[:1] in SEEN or any(
+        not char.isspace() and unicodedata.category(char) not in _INVISIBLE for char in text
+    )
 
 
 def _weight(message: Mapping[str, Any], role: str) -> int:
@@ -155,7 +166,7 @@ def _weight(message: Mapping[str, Any], role: str) -> int:
     if role != "assistant":
         raise Refused("invalid_weight", f"weight on a {role} turn; only assistant turns have one")
     if type(weight) is not int or weight not in (0, 1):
-        raise Refused("invalid_weight", f"weight must be 0 or 1, not {str(weight)[:30]}")
+        raise Refused("invalid_weight", f"weight must be 0 or 1, not {json.dumps(weight)[:30]}")
     return weight
 
 
@@ -185,7 +196,8 @@ def _reasoning(message: Mapping[str, Any], role: str) -> str | None:
     return _text(message, key)
 
 
-def _check_structure(roles: Sequence[str]) -> None:
+def check_structure(roles: Sequence[str]) -> None:
+    """The order of the turns. Raises Refused."""
     if "system" in roles[1:]:
         index = roles.index("system", 1)
         raise Refused("system_not_first", f"message {index}: a system turn must come first", index)
@@ -212,19 +224,6 @@ def _check_structure(roles: Sequence[str]) -> None:
 
 def _check_surrogates(value: Any) -> None:
     try:
-        _encode_strings(value)
+        msgspec.json.encode(value)
     except UnicodeEncodeError:
         raise Refused("lone_surrogate", "text with half of a surrogate pair") from None
-
-
-def _encode_strings(value: Any) -> None:
-    if isinstance(value, str):
-        if not value.isascii():
-            value.encode()
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _encode_strings(key)
-            _encode_strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            _encode_strings(item)

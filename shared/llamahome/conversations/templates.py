@@ -26,12 +26,16 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from llamahome.conversations.conversation import Conversation
+from llamahome.conversations.following import FollowingEnvironment, follow
+from llamahome.conversations.symbolic import FIRST_PRIVATE, Trace, Untraceable, plain
 from llamahome.errors import InvalidConfig
 from llamahome.schemas import JsonObject
 
 MAX_TEMPLATE_CHARS = 512 * 1024
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
 Span = tuple[int, int]
+# The texts of a message whose way through the template is followed.
+FOLLOWED = ("content", "reasoning_content")
 
 # For a base without a template: plain text and the special tokens it already has, so that no
 # embedding is resized. What is generated ends with the end-of-sequence token.
@@ -91,7 +95,9 @@ class ChatTemplate:
             )
         self.source = source
         self._variables = dict(variables or {})
-        environment = _environment(lambda: today or datetime.datetime.now())
+        self._now = lambda: today or datetime.datetime.now()
+        self._following: jinja2.Template | None = None
+        environment = _prepared(jinja2.sandbox.ImmutableSandboxedEnvironment, self._now)
         try:
             self._template = environment.from_string(source)
             self._literals = "\0".join(_literals(environment.parse(source)))
@@ -100,7 +106,7 @@ class ChatTemplate:
                 f"the chat template cannot be read: {error}", field="chat_template",
                 line=getattr(error, "lineno", None),
             ) from None  # fmt: skip
-        self.marks_generations = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
+        self.marks_generations: bool = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
         self.uses_clock = "strftime_now" in source
         self.digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -116,19 +122,44 @@ class ChatTemplate:
         Raises TemplateRefused.
         """
         messages = [_as_seen(message) for message in conversation.messages[:turns]]
+        return self._run(self._template, messages, conversation, prompt)
+
+    def follow(
+        self, conversation: Conversation, trace: Trace, *, turns: int | None, prompt: bool
+    ) -> Rendered:
+        """As :meth:`render`, on the symbols of the messages' texts: one private character a part.
+
+        Raises TemplateRefused, and Untraceable where a text cannot be followed.
+        """
+        if self._following is None:
+            if any(ord(char) >= FIRST_PRIVATE for char in self.source + repr(self._variables)):
+                raise Untraceable("the template has private characters of its own")
+            environment = _prepared(FollowingEnvironment, self._now)
+            self._following = follow(environment, self.source)
+        messages = []
+        for number, message in enumerate(conversation.messages[:turns]):
+            symbols = {
+                key: trace.symbol(number, key) for key in FOLLOWED if (number, key) in trace.texts
+            }
+            messages.append(_as_seen({**message, **symbols}))
+        return self._run(self._following, messages, conversation, prompt)
+
+    def _run(
+        self, template: jinja2.Template, messages: list[JsonObject], row: Conversation, prompt: bool
+    ) -> Rendered:
         tracker = _Tracker()
         context = {
             **self._variables,
             "messages": messages,
-            "tools": list(conversation.tools) or None,
+            "tools": list(row.tools) or None,
             "documents": None,
             "add_generation_prompt": prompt,
             _TRACKER: tracker,
         }
         try:
-            for block in self._template.generate(context):
-                tracker.write(block)
-        except TemplateRefused:
+            for block in template.generate(context):
+                tracker.write(plain(block))
+        except (TemplateRefused, Untraceable):
             raise
         except Exception as error:  # a template may fail in any way; the row says how
             raise TemplateRefused(f"{type(error).__name__}: {error}") from None
@@ -153,7 +184,7 @@ class _Tracker:
         self._blocks.append(block)
 
     def generation(self, text: str) -> None:
-        self._generations.append((self._length, text))
+        self._generations.append((self._length, plain(text)))
 
     def rendered(self) -> Rendered:
         """Raises TemplateRefused where a block was not written where it was rendered (a macro)."""
@@ -214,8 +245,11 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _environment(now: Callable[[], datetime.datetime]) -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _prepared(
+    kind: type[jinja2.sandbox.ImmutableSandboxedEnvironment],
+    now: Callable[[], datetime.datetime],
+) -> jinja2.Environment:
+    environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson

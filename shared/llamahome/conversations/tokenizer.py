@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from llamahome.conversations.bytelevel import ByteLevelCore
 from llamahome.conversations.templates import FALLBACK_TEMPLATE
 from llamahome.errors import InvalidConfig, NotFound
 from llamahome.schemas import JsonObject
@@ -52,11 +53,17 @@ def tokenizer_files(base_dir: Path) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AddedName:
-    """An added token: its text, its id, and whether it is declared special."""
+    """An added token: its text, its id, and whether it is declared special.
+
+    ``normalized`` ones are looked for after the others; a ``plain`` one matches its text alone,
+    whatever stands beside it.
+    """
 
     text: str
     id: int
     special: bool
+    normalized: bool = False
+    plain: bool = True
 
 
 class ChatTokenizer:
@@ -82,9 +89,18 @@ class ChatTokenizer:
         self._text = tokenizer.to_str()
         self.templates = _templates(config)
         self.added = tuple(
-            AddedName(token.content, id, token.special)
+            AddedName(
+                token.content,
+                id,
+                token.special,
+                token.normalized,
+                not (token.lstrip or token.rstrip or token.single_word),
+            )
             for id, token in sorted(tokenizer.get_added_tokens_decoder().items())
         )
+        self.unknown = _unknown(json.loads(self._text)["model"])
+        found = tokenizer.token_to_id(self.unknown) if self.unknown else None
+        self.unknown_id = -1 if found is None else found
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         identity = json.dumps([json.loads(self._text), self.named], sort_keys=True)
         self.digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
@@ -104,6 +120,15 @@ class ChatTokenizer:
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of ``text``, with every added token recognised."""
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """As :meth:`encode`, several at once."""
+        found: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return found
+
+    def byte_level(self) -> ByteLevelCore:
+        """The same vocabulary on a faster core. Raises NotByteLevel with the reason."""
+        return ByteLevelCore(json.loads(self._text), self._tokenizer)
 
     def renamed(self, names: Collection[str]) -> Tokenizer:
         """A twin that knows each token of ``names`` under its other name only, with the same id.
@@ -150,6 +175,14 @@ class ChatTokenizer:
 
 def other_name(token: str) -> str:
     return f"{RENAME_MARKS[0]}{token}{RENAME_MARKS[1]}"
+
+
+def _unknown(model: JsonObject) -> str | None:
+    """What the model calls text that it has no token for."""
+    if model["type"] == "Unigram":
+        place = model.get("unk_id")
+        return None if place is None else str(model["vocab"][place][0])
+    return model.get("unk_token")
 
 
 def _read(path: Path) -> str:

@@ -114,8 +114,8 @@ class TokenRowsWriter:
         self._metadata = dict(metadata or {})
         self._lengths: list[int] = []
         self._sources: list[tuple[int, int]] = []
-        self._ids = path.with_name(f"{path.name}.ids").open("w+b")
-        self._trained = path.with_name(f"{path.name}.trained").open("w+b")
+        spools = (path.with_name(f"{path.name}.{part}") for part in ("ids", "trained"))
+        self._ids, self._trained = (spool.open("w+b", buffering=_CHUNK_BYTES) for spool in spools)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -136,8 +136,8 @@ class TokenRowsWriter:
         """Append a row. Raises ValueError where ids and trained differ in shape, and OSError."""
         if row.ids.ndim != 1 or row.ids.shape != row.trained.shape:
             raise ValueError(f"ids have shape {row.ids.shape}, trained {row.trained.shape}")
-        self._ids.write(row.ids.astype(_DTYPES["I32"], copy=False).tobytes())
-        self._trained.write(row.trained.astype(np.bool_, copy=False).tobytes())
+        self._ids.write(row.ids.astype(_DTYPES["I32"], order="C", copy=False).data)
+        self._trained.write(row.trained.astype(np.bool_, order="C", copy=False).data)
         self._lengths.append(len(row.ids))
         self._sources.append((row.source_file, row.source_line))
 

@@ -14,7 +14,9 @@ REASONS = frozenset(
         "", "invalid_training_file", "invalid_n_examples", "invalid_value", "unknown_parameter",
         "model_not_found", "file_not_found", "not_found", "nan_loss", "out_of_memory",
         "training_failed", "worker_lost", "internal_error", "corrupt_artifact", "user_error",
-        "invalid_api_key", "active_jobs_limit_exceeded", "disk_full", "unavailable",
+        "invalid_api_key", "active_jobs_limit_exceeded",
+        "disk_full", "unavailable", "broken_archive",
+        "archive_too_large", "missing_extra", "base_changed",
     }
 )  # fmt: skip
 OTHER_REASON = "other"

@@ -25,10 +25,12 @@ from llamahome.schemas.ports import Ports, StageFunction, StageKey, StopReason
 from llamahome.schemas.reports import (
     FileCounts,
     JobReport,
+    PackingCounts,
     PreparationReport,
     Rejected,
     SplitCounts,
     TrainingReport,
+    TruncatedRow,
     ValidationReport,
 )
 from llamahome.schemas.views import ApiKey, Attempt, Base, Job, JobError, Run, StoredFile, Worker
@@ -56,6 +58,7 @@ __all__ = [
     "Manifest",
     "ManifestEntry",
     "NewEvent",
+    "PackingCounts",
     "Ports",
     "PreparationReport",
     "Rejected",
@@ -75,6 +78,7 @@ __all__ = [
     "SubmitMessage",
     "TrainingMetrics",
     "TrainingReport",
+    "TruncatedRow",
     "ValidationReport",
     "Worker",
 ]

@@ -28,6 +28,8 @@ class FileCounts(Schema):
     valid: int = 0
     blank: int = 0
     invalid: dict[str, int] = Field(default_factory=dict)
+    format: str | None = Field(default=None, description="messages, sharegpt, alpaca, ...")
+    container: str | None = Field(default=None, description="jsonl, jsonl.gz, json, parquet, ...")
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -71,6 +73,23 @@ class SplitCounts(Schema):
     longest: int = 0
 
 
+class TruncatedRow(Schema):
+    """A row that was cut: ``tokens`` before, of which the first ``kept`` remain."""
+
+    file: str
+    line: int
+    tokens: int
+    kept: int
+
+
+class PackingCounts(Schema):
+    """The plan over the training rows: packs of at most ``capacity`` tokens, ``fill`` in 0..1."""
+
+    packs: int
+    capacity: int
+    fill: float
+
+
 class PreparationReport(Schema):
     """Rows in = training + validation + dropped by reason + duplicates dropped; residual 0."""
 
@@ -83,7 +102,18 @@ class PreparationReport(Schema):
     truncated_tokens: int = 0
     control_tokens_neutralised: int = 0
     stop_token_trained_share: float | None = None
-    path: str = Field(default="template", description="how rows became tokens: template or fast")
+    path: str = Field(
+        default="template",
+        description="how rows became tokens: fast; or shapes or template, with the reason",
+    )
+    slow_rows: int = Field(
+        default=0, description="rows kept that the fast path left to the template, row by row"
+    )
+    masks_agreed: int = Field(
+        default=0, description="rows kept whose mask was derived twice, with one result"
+    )
+    truncated_examples: tuple[TruncatedRow, ...] = ()
+    packing: PackingCounts | None = None
 
     @property
     def residual(self) -> int:

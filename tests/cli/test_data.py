@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamahome.config import resolve_training_config
+from llamahome.conversations.formats import FORMATS
+from llamahome.ledger import Ledger
+from support.bases import write_base
+
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+RunCommand = Callable[..., Any]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Three lines: a good row, a broken one, a good one."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(GOOD)}\nno JSON\n{json.dumps(GOOD)}\n")
+    return file
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base", "chatml")
+
+
+def test_validate_tells_what_a_job_would_and_needs_no_fleet(
+    llamahome: RunCommand, rows: Path, tmp_path: Path
+) -> None:
+    ran = llamahome("validate", rows, "--quarantine", tmp_path / "bad.jsonl")
+    assert ran.code == 0
+    assert "3 rows = 2 valid + 1 invalid" in ran.out
+    bad = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert (bad["line"], bad["raw"]) == (2, "no JSON")
+    found = llamahome("validate", rows, "--json").json
+    assert (found["total"], found["valid"], found["duplicates"]) == (3, 2, 1)
+
+
+def test_validate_fails_where_a_job_would(
+    llamahome: RunCommand, rows: Path, tmp_path: Path
+) -> None:
+    assert llamahome("validate", rows, "--set", "max_invalid_share=0.1").code == 1
+    (tmp_path / "empty.jsonl").touch()
+    assert llamahome("validate", tmp_path / "empty.jsonl").code == 1
+    missing = llamahome("validate", tmp_path / "none.jsonl")
+    assert missing.code == 1
+    assert "none.jsonl" in missing.err
+    assert len(missing.err.splitlines()) == 1
+
+
+def test_inspect_prints_one_object_a_row(llamahome: RunCommand, rows: Path, base: Path) -> None:
+    ran = llamahome("inspect", rows, "--base", base, "--all", "--json")
+    assert ran.code == 0
+    objects = [json.loads(line) for line in ran.out.splitlines()]
+    assert [(o["file"], o["line"]) for o in objects] == [("rows.jsonl", n) for n in (1, 2, 3)]
+    assert [bool(o["dropped"]) for o in objects] == [False, True, False]
+    for found in objects:
+        assert set(found) == {"file", "line", "ids", "trained", "dropped"}
+        assert len(found["ids"]) == len(found["trained"])
+    assert 0 < sum(objects[0]["trained"]) < len(objects[0]["ids"])
+
+
+def test_inspect_shows_the_rows_asked_for(llamahome: RunCommand, rows: Path, base: Path) -> None:
+    first = llamahome("inspect", rows, "--base", base)
+    assert first.out.startswith("rows.jsonl:1  ")
+    assert "[hello<|im_end|>]" in first.out.replace("][", "")
+    assert "[hi" not in first.out
+    assert llamahome("inspect", rows, "--base", base, "--line", "3").out.startswith("rows.jsonl:3")
+    assert (
+        len(llamahome("inspect", rows, "--base", base, "-n", "2", "--json").out.splitlines()) == 2
+    )
+    beyond = llamahome("inspect", rows, "--base", base, "--line", "9")
+    assert (beyond.code, beyond.out) == (1, "")
+    both = llamahome("inspect", rows, "--base", base, "-n", "2", "--all")
+    assert both.code == 1
+
+
+def test_inspect_takes_a_registered_base_by_name(
+    llamahome: RunCommand, rows: Path, base: Path, tmp_path: Path
+) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite3")
+    ledger.upgrade()
+    ledger.add_base("tiny", str(base), "d" * 64)
+    ledger.close()
+    by_name = llamahome("inspect", rows, "--base", "tiny", "--state", tmp_path, "--all", "--json")
+    by_folder = llamahome("inspect", rows, "--base", base, "--all", "--json")
+    assert by_name.out == by_folder.out
+    wrong = llamahome("inspect", rows, "--base", "tinny", "--state", tmp_path)
+    assert "Did you mean 'tiny'" in wrong.err
+
+
+def test_the_formats_that_may_be_named_are_those_there_are() -> None:
+    for name in FORMATS:
+        layer = {"validation": {"format": name}}
+        assert resolve_training_config(layers=[("x", layer)]).validation.format == name
