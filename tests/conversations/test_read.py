@@ -40,7 +40,7 @@ def jsonl(rows: list[Any]) -> bytes:
     ("content", "format", "container", "lines"),
     [
         (jsonl(ALPACA), "alpaca", "jsonl", [1, 2, 3]),
-        (gzip.compress(jsonl(SHAREGPT)), "sharegpt", "jsonl.gz", [1, 2, 3]),
+        (gzip.compress(jsonl(SHAREGPT), mtime=0), "sharegpt", "jsonl.gz", [1, 2, 3]),
         (json.dumps(ALPACA).encode(), "alpaca", "json", [1, 1, 1]),
         (json.dumps(SHAREGPT, indent=1).encode(), "sharegpt", "json", [2, 14, 26]),
         (gzip.compress(b" " + json.dumps(ALPACA).encode()), "alpaca", "json.gz", [1, 1, 1]),
@@ -123,7 +123,7 @@ def test_a_file_that_one_may_not_read_says_so(tmp_path: Path) -> None:
 
 def test_a_broken_archive_is_refused_and_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(jsonl(ALPACA))[:-5])
+    path.write_bytes(gzip.compress(jsonl(ALPACA), mtime=0)[:-5])
     with pytest.raises(InvalidData, match="ends early") as caught:
         found_in(path)
     assert caught.value.place.file == "rows.jsonl.gz"
@@ -131,7 +131,14 @@ def test_a_broken_archive_is_refused_and_named(tmp_path: Path) -> None:
 
 def test_empty_and_blank_files_have_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    for content in (b"", b"\n \r\n\n", b"\xef\xbb\xbf", b"[]", b"[ ]\n", gzip.compress(b"")):
+    for content in (
+        b"",
+        b"\n \r\n\n",
+        b"\xef\xbb\xbf",
+        b"[]",
+        b"[ ]\n",
+        gzip.compress(b"", mtime=0),
+    ):
         path.write_bytes(content)
         assert found_in(path) == []
 
@@ -150,7 +157,7 @@ def test_a_row_over_the_limit_is_counted_in_every_container(tmp_path: Path) -> N
     path = tmp_path / "rows"
     for content in (
         jsonl(rows), json.dumps(rows).encode(), json.dumps(rows, indent=2).encode(),
-        gzip.compress(jsonl(rows)),
+        gzip.compress(jsonl(rows), mtime=0),
     ):  # fmt: skip
         path.write_bytes(content)
         assert [code for _, code in found_in(path, limits=limits)] == ["ok", "line_too_long", "ok"]
