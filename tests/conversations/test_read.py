@@ -43,7 +43,12 @@ def jsonl(rows: list[Any]) -> bytes:
         (gzip.compress(jsonl(SHAREGPT), mtime=0), "sharegpt", "jsonl.gz", [1, 2, 3]),
         (json.dumps(ALPACA).encode(), "alpaca", "json", [1, 1, 1]),
         (json.dumps(SHAREGPT, indent=1).encode(), "sharegpt", "json", [2, 14, 26]),
-        (gzip.compress(b" " + json.dumps(ALPACA).encode()), "alpaca", "json.gz", [1, 1, 1]),
+        (
+            gzip.compress(b" " + json.dumps(ALPACA).encode(), mtime=0),
+            "alpaca",
+            "json.gz",
+            [1, 1, 1],
+        ),
         (b"\xef\xbb\xbf" + row(1) + b"\r\n\n" + row(2), "messages", "jsonl", [1, 3]),
     ],
 )
