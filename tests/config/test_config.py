@@ -212,11 +212,10 @@ def test_the_settings_fields_are_frozen() -> None:
     assert sorted(Settings.model_fields) == [
         "claim_seconds", "device", "drain_seconds", "gateway_host", "gateway_port",
         "heartbeat_seconds", "host", "key", "lease_seconds", "ledger_url", "log_format",
-        "log_level",
-        "max_attempts", "max_file_bytes", "metrics_host", "metrics_port", "quota_active_jobs",
-        "redis_url", "rering_seconds", "retry_seconds", "scratch", "shard_bytes", "stall_seconds",
-        "state", "storage_url", "sweep_seconds", "threads", "uri_allowlist", "url",
-        "webhook_allowlist",
+        "log_level", "max_attempts", "max_file_bytes", "memory_bytes", "metrics_host",
+        "metrics_port", "quota_active_jobs", "redis_url", "rering_seconds", "retry_seconds",
+        "scratch", "shard_bytes", "slots", "stall_seconds", "state", "storage_url",
+        "sweep_seconds", "threads", "tick_tokens", "uri_allowlist", "url", "webhook_allowlist",
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from llamahome.conversations.tokens import TokenRow, TokenRows, read_token_rows, write_token_rows
 from llamahome.errors import InvalidData
-from llamahome.training.data import IGNORED, TokenData, labelled_counts, make_batch
+from llamahome.training.data import TokenData, labelled_counts
 
 
 @pytest.fixture
@@ -21,20 +21,6 @@ def write(tmp_path: Path) -> Callable[..., TokenRows]:
         return read_token_rows(path)
 
     return make
-
-
-def test_a_position_has_loss_where_the_token_it_predicts_is_trained(
-    write: Callable[..., TokenRows],
-) -> None:
-    rows = write("a", ([10, 11, 12, 13], [0, 0, 1, 1]), ([20, 21], [0, 1]))
-
-    batch = make_batch(rows, [0, 1])
-
-    assert batch.ids.tolist() == [[10, 11, 12, 13], [20, 21, 0, 0]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.positions.tolist() == [0, 1, 2]
-    assert batch.labels.tolist() == [[IGNORED, 12, 13], [21, IGNORED, IGNORED]]
-    assert (batch.labelled, batch.tokens) == (3, 6)
 
 
 def test_a_rows_first_token_is_predicted_by_nothing_and_is_not_counted(

@@ -60,7 +60,7 @@ def history(trained: TrainedAdapter) -> list[dict[str, Any]]:
 def test_the_loss_falls_the_adapter_moves_and_the_base_does_not(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
-    trained = train(make_spec(epochs=6, lora={"target_modules": "all-linear"}), data, ports)
+    trained = train(make_spec(epochs=8, lora={"target_modules": "all-linear"}), data, ports)
 
     report = trained.report
     assert report.eval_loss_before is not None
@@ -68,8 +68,8 @@ def test_the_loss_falls_the_adapter_moves_and_the_base_does_not(
     assert report.eval_loss_after < report.eval_loss_before - 0.5
     assert report.base_unchanged
     assert report.adapter_moved
-    assert (report.steps, report.epochs, report.metrics.step) == (18, 6, 18)
-    assert report.trained_tokens == 6 * sum(
+    assert (report.steps, report.epochs, report.metrics.step) == (24, 8, 24)
+    assert report.trained_tokens == 8 * sum(
         int(data.training.row(i)[1][1:].sum()) for i in range(11)
     )
 
@@ -207,69 +207,6 @@ def test_peft_loads_the_result_onto_the_base_and_the_logits_change(
         assert float((model(ids).logits - alone).abs().max()) > 0.1
     saved = {path.read_bytes() for path in folder.iterdir()}
     assert not any(str(ports.scratch).encode() in content for content in saved)
-
-
-def test_the_loss_and_gradients_are_those_of_an_ordinary_transformers_and_peft_loop(
-    make_spec: MakeSpec, data: TokenData, base_folder: Path
-) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from llamahome.config import parse_training_config
-    from llamahome.training.data import make_batch
-    from llamahome.training.evaluate import summed_loss
-    from llamahome.training.model import adapter_on, load_base
-    from llamahome.training.runtime import Runtime, choose_machine, seed_for
-
-    spec = make_spec(lora={"dropout": 0})
-    config = parse_training_config(spec.config, source="test")
-    machine = choose_machine(Runtime("cpu", 1), config)
-    batch = make_batch(data.training, [0, 3, 5])
-    base = load_base(spec.base, machine)
-    with adapter_on(base, config.lora, seed=3) as adapter:
-        # B is zero at the start, and with it the gradient of A.
-        seed_for(9, 0, 0)
-        with torch.no_grad():
-            for name, parameter in adapter.parameters.items():
-                if ".lora_B." in name:
-                    parameter.normal_()
-        start = adapter.tensors()
-        ours = summed_loss(adapter.model, batch, machine) / batch.labelled
-        ours.backward()  # type: ignore[no-untyped-call]
-        gradients = {name: p.grad for name, p in adapter.parameters.items() if p.grad is not None}
-
-    reference = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base_folder),
-        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
-    )
-    labels = torch.full(batch.ids.shape, -100)
-    for row, sample in enumerate([0, 3, 5]):
-        ids, trained = data.training.row(sample)
-        labels[row, : len(ids)] = torch.where(
-            torch.from_numpy(trained.copy()), torch.from_numpy(ids.astype(np.int64)), -100
-        )
-    named = {
-        name.replace(".default.", "."): parameter
-        for name, parameter in reference.named_parameters()
-        if parameter.requires_grad
-    }
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(start[name])
-    theirs = reference(
-        input_ids=torch.from_numpy(batch.ids),
-        attention_mask=torch.from_numpy(batch.mask),
-        labels=labels,
-    ).loss
-    theirs.backward()
-
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
-    assert set(named) == set(gradients)
-    for name, parameter in named.items():
-        assert parameter.grad is not None
-        gap = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-        assert float(gap) <= 2e-6, name
 
 
 def test_a_module_that_is_not_there_is_refused_with_those_that_are(

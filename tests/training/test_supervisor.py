@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from llamahome.config import Settings
 from llamahome.errors import Fenced, Stopped, TrainingFailed, WorkerLost
 from llamahome.schemas import BaseRef, JobSpec, StopReason
 from llamahome.training.process import EngineProcess
-from llamahome.training.supervisor import EngineSlot, Session
-from llamahome.training.wire import Admit
+from llamahome.training.supervisor import Session, WarmEngine
+from llamahome.training.wire import Admit, Progress, Stop
 
 PRELUDE = """\
 import argparse, os, signal, socket, sys, time
@@ -29,7 +30,8 @@ parser.add_argument("--parent", type=int)
 channel = Channel(socket.socket(fileno=parser.parse_args().channel))
 """
 READY = "channel.send(Ready(pid=os.getpid()))\n"
-ADMITTED = READY + "channel.receive(None)\nchannel.send(Progress(done=1, total=9, data={}))\n"
+PROGRESS = "channel.send(Progress(job='j', done=1, total=9, data={}))\n"
+ADMITTED = READY + "channel.receive(None)\n" + PROGRESS
 
 Start = Callable[..., tuple[EngineProcess, Callable[[], Any]]]
 
@@ -51,10 +53,9 @@ def start(tmp_path: Path, make_spec: Callable[..., JobSpec], ports: Any) -> Iter
         engine = EngineProcess(tmp_path, 1, command=(sys.executable, str(script)))
         started.append(engine)
         admit = Admit(
-            job_id="j", spec=make_spec(), data="/d", scratch="/s", resume=None, device="cpu",
-            threads=1,
+            job="j", spec=make_spec(), data="/d", scratch="/s", device="cpu", threads=1,
         )  # fmt: skip
-        session = Session(engine, ports, Settings(state=tmp_path, **settings))
+        session = Session(engine.line("j"), ports, Settings(state=tmp_path, **settings))
         return engine, lambda: session.run(admit)
 
     yield go
@@ -143,7 +144,10 @@ def test_a_stop_before_the_engine_is_ready_leaves_it_starting(start: Start, port
     assert engine.alive()
 
 
-FAIL = "channel.send(Failed(error=TrainingFailed('no', code='nan_loss').to_dict(), fatal={}))\n"
+FAIL = (
+    "error = TrainingFailed('no', code='nan_loss').to_dict()\n"
+    "channel.send(Failed(job='j', error=error, fatal={}))\n"
+)
 
 
 def test_a_failed_job_leaves_the_engine_warm_and_a_fatal_one_does_not(start: Start) -> None:
@@ -160,9 +164,9 @@ def test_a_failed_job_leaves_the_engine_warm_and_a_fatal_one_does_not(start: Sta
 SAVING = """
 os.makedirs({folder!r}, exist_ok=True)
 channel.receive(None)
-channel.send(Saved(folder={folder!r}, step=4, eval_loss=None, best=False))
+channel.send(Saved(job='j', folder={folder!r}, step=4, eval_loss=None, best=False))
 print(channel.receive(None).kind, flush=True)
-channel.send(Halted(reason="drain", message="stopped"))
+channel.send(Halted(job="j", reason="drain", message="stopped"))
 channel.receive(None)
 """
 
@@ -199,7 +203,7 @@ def test_a_supervisor_that_must_leave_does_not_wait_for_ever(start: Start, ports
     assert not engine.alive()
 
 
-def test_a_storage_that_fails_ends_the_job_and_its_engine(
+def test_a_storage_that_fails_ends_the_job_and_leaves_the_engine_to_the_others(
     start: Start, ports: Any, tmp_path: Path
 ) -> None:
     body = READY + "channel.receive(None)\n" + SAVING.format(folder=str(tmp_path / "c")).replace(
@@ -215,63 +219,102 @@ def test_a_storage_that_fails_ends_the_job_and_its_engine(
         run()
 
     assert ports.points == []
-    assert not engine.alive()
+    assert engine.tail() == "; its last output:\nstop"
+    assert engine.alive()
 
 
 @pytest.fixture
-def slot(tmp_path: Path) -> Iterator[EngineSlot]:
+def warm(tmp_path: Path) -> Iterator[WarmEngine]:
     script = tmp_path / "idle.py"
     script.write_text(PRELUDE + READY + "channel.receive(None)")
-    slot = EngineSlot(command=(sys.executable, str(script)))
-    yield slot
-    slot.shutdown()
+    warm = WarmEngine(command=(sys.executable, str(script)))
+    yield warm
+    warm.shutdown()
 
 
-def test_the_slot_keeps_a_live_engine_and_replaces_a_dead_one(
-    slot: EngineSlot, tmp_path: Path
-) -> None:
+def test_a_live_engine_is_kept_and_a_dead_one_replaced(warm: WarmEngine, tmp_path: Path) -> None:
     settings = Settings(state=tmp_path)
-    with slot.lease(settings) as first:
-        pass
-    with slot.lease(settings) as second:
-        assert second is first
-        second.kill()
-    with slot.lease(settings) as third:
+    with warm.lease(settings, "j") as line:
+        first = line.engine
+    with warm.lease(settings, "j") as line:
+        assert line.engine is first
+        first.kill()
+    with warm.lease(settings, "j") as line:
+        third = line.engine
         assert third.alive()
         assert third.pid != first.pid
 
-    slot.shutdown()
-    slot.shutdown()
+    warm.shutdown()
+    warm.shutdown()
 
     assert not third.alive()
 
 
-def test_a_job_beside_another_gets_an_engine_of_its_own_for_as_long_as_it_takes(
-    slot: EngineSlot, tmp_path: Path
+def test_jobs_side_by_side_share_the_engine_and_hear_of_themselves_only(
+    tmp_path: Path,
 ) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        PRELUDE + READY + "channel.send(Progress(job='a', done=1, total=9, data={}))\n"
+        "channel.send(Progress(job='b', done=2, total=9, data={}))\nchannel.receive(None)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    warm = WarmEngine(command=(sys.executable, str(script)))
     settings = Settings(state=tmp_path)
-    with slot.lease(settings) as first:
-        with slot.lease(settings) as second:
-            assert second.pid != first.pid
-        assert not second.alive()
-        assert first.alive()
+    with warm.lease(settings, "a") as one, warm.lease(settings, "b") as other:
+        assert one.engine is other.engine
+        for line, done in ((one, 1), (other, 2)):
+            message = line.receive(20)
+            assert isinstance(message, Progress)
+            assert message.done == done
+        one.send(Stop(job="a", reason=StopReason.cancel))
+        for line in (one, other):
+            with pytest.raises(WorkerLost, match="SIGKILL"):
+                line.receive(20)
+    warm.shutdown()
+
+
+def test_an_engine_started_from_a_thread_outlives_that_thread(tmp_path: Path) -> None:
+    """The parent-death signal is the starting thread's."""
+    script = tmp_path / "idle.py"
+    die = "import ctypes; ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)\n"
+    script.write_text(PRELUDE + die + READY + "channel.receive(None)")
+    warm = WarmEngine(command=(sys.executable, str(script)))
+    settings = Settings(state=tmp_path)
+    found = []
+
+    def use() -> None:
+        with warm.lease(settings, "j") as line:
+            assert wait_ready(line.engine)
+            found.append(line.engine)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    try:
+        with pytest.raises(psutil.TimeoutExpired):
+            psutil.Process(found[0].pid).wait(0.5)
+        assert found[0].alive()
+    finally:
+        warm.shutdown()
 
 
 def test_a_forked_copy_lets_go_of_the_engine_without_touching_it(
-    slot: EngineSlot, tmp_path: Path
+    warm: WarmEngine, tmp_path: Path
 ) -> None:
     settings = Settings(state=tmp_path)
-    with slot.lease(settings) as engine:
+    with warm.lease(settings, "j") as line:
+        engine = line.engine
         assert wait_ready(engine)
     child = os.fork()
     if child == 0:
-        slot.shutdown()
+        warm.shutdown()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
-    with slot.lease(settings) as again:
-        assert again is engine
-        assert again.alive()
+    with warm.lease(settings, "j") as again:
+        assert again.engine is engine
+        assert engine.alive()
 
 
 def wait_ready(engine: EngineProcess) -> bool:

@@ -28,17 +28,29 @@ def test_the_messages_are_frozen() -> None:
     }  # fmt: skip
 
     assert fields == {
-        "Admit": ["data", "device", "job_id", "kind", "resume", "scratch", "spec", "threads", "v"],
-        "Stop": ["kind", "reason"],
-        "Stored": ["kind", "step"],
+        "Admit": [
+            "data",
+            "device",
+            "job",
+            "kind",
+            "memory_bytes",
+            "resume",
+            "scratch",
+            "spec",
+            "threads",
+            "tick_tokens",
+            "v",
+        ],
+        "Stop": ["job", "kind", "reason"],
+        "Stored": ["job", "kind", "step"],
         "Quit": ["kind"],
         "Ready": ["kind", "pid", "v"],
-        "Progress": ["data", "done", "kind", "total"],
-        "Said": ["data", "kind", "level", "message"],
-        "Saved": ["best", "eval_loss", "folder", "kind", "step"],
-        "Done": ["folder", "kind", "report"],
-        "Failed": ["error", "fatal", "kind"],
-        "Halted": ["kind", "message", "reason"],
+        "Progress": ["data", "done", "job", "kind", "total"],
+        "Said": ["data", "job", "kind", "level", "message"],
+        "Saved": ["best", "eval_loss", "folder", "job", "kind", "step"],
+        "Done": ["folder", "job", "kind", "report"],
+        "Failed": ["error", "fatal", "job", "kind"],
+        "Halted": ["job", "kind", "message", "reason"],
     }
 
 
@@ -46,8 +58,8 @@ def test_messages_arrive_whole_however_they_are_cut(
     ends: tuple[wire.Channel, socket.socket],
 ) -> None:
     channel, other = ends
-    first = wire.Said(message="Wörter\n", level="info", data={"loss": 1.5})
-    second = wire.Stop(reason=StopReason.drain)
+    first = wire.Said(job="j", message="Wörter\n", level="info", data={"loss": 1.5})
+    second = wire.Stop(job="j", reason=StopReason.drain)
     text = first.model_dump_json().encode() + b"\n" + second.model_dump_json().encode() + b"\n"
     other.sendall(text[:20])
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from llamahome.errors import CorruptArtifact, InvalidState
 from llamahome.schemas import JsonObject
+from llamahome.training.crashing import crash_point
 from llamahome.training.steps import StepTaken
 from llamahome.training.stopping import EarlyStopping
 
@@ -54,6 +55,14 @@ class TrainState:
     step_ledger: str = ""
     resumed_from: list[int] = dataclasses.field(default_factory=list)
     history: list[JsonObject] = dataclasses.field(default_factory=list)
+    proofs: JsonObject = dataclasses.field(default_factory=dict)
+
+    def copy(self) -> TrainState:
+        """One that later steps do not change; history lines are never changed, only added."""
+        return dataclasses.replace(
+            self, stopping=dataclasses.replace(self.stopping), proofs=dict(self.proofs),
+            resumed_from=list(self.resumed_from), history=list(self.history),
+        )  # fmt: skip
 
     def take(self, step: StepTaken) -> None:
         """Count a step, and add it to the rolling sha256 over (step, sample ids, loss bits,
@@ -94,6 +103,7 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     if snapshot.best is not None and snapshot.state.stopping.best_step != snapshot.state.step:
         save_file(snapshot.best, draft / _BEST)
     write_history(draft / _HISTORY, snapshot.state.history)
+    crash_point("after_tmp_write")
     state = dataclasses.asdict(snapshot.state)
     del state["history"]
     body = {
@@ -104,8 +114,10 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
         "files": {path.name: _digest(path) for path in sorted(draft.iterdir())},
     }
     (draft / _STATE).write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
+    crash_point("after_manifest")
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
+    crash_point("after_rename")
     return target
 
 
@@ -151,6 +163,7 @@ def prune_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
         if spare > 0 and folder.name not in spared:
             shutil.rmtree(folder)
             spare -= 1
+            crash_point("during_gc")
 
 
 def write_history(path: Path, history: Sequence[JsonObject]) -> None:

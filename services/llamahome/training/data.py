@@ -1,11 +1,10 @@
-"""What is trained on: token rows, their order in each epoch, and padded batches of them."""
+"""What is trained on: token rows, and their order in each epoch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from llamahome.conversations.tokens import TokenRows, read_token_rows
 from llamahome.errors import InvalidData
 
-IGNORED = -100  # the label of a position without loss, as torch's cross_entropy has it
 TRAINING_FILE = "training.safetensors"
 VALIDATION_FILE = "validation.safetensors"
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -52,47 +50,6 @@ class TokenData:
                 f"none of {len(self.training)} training rows has a token that is trained",
                 remedy="Check loss_scope and the messages' weights",
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right to the longest of them.
-
-    ``ids`` and ``mask`` int64 [rows, longest]; ``positions`` int64 [P] are the places at which
-    any row predicts a trained token, ``labels`` int64 [rows, P] those tokens, else -100.
-    ``labelled`` counts the labels, ``tokens`` everything that is no padding.
-    """
-
-    ids: NDArray[np.int64]
-    mask: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    labelled: int
-    tokens: int
-
-
-def make_batch(rows: TokenRows, samples: Sequence[int] | NDArray[np.int64]) -> Batch:
-    """The rows ``samples`` as one batch. Position p has loss where token p + 1 is trained."""
-    picked = [rows.row(int(sample)) for sample in samples]
-    longest = max(len(ids) for ids, _ in picked)
-    ids = np.zeros((len(picked), longest), np.int64)
-    mask = np.zeros_like(ids)
-    labels = np.full_like(ids, IGNORED)
-    for index, (row_ids, trained) in enumerate(picked):
-        ids[index, : len(row_ids)] = row_ids
-        mask[index, : len(row_ids)] = 1
-        targets = np.flatnonzero(trained[1:])
-        labels[index, targets] = row_ids[targets + 1]
-    positions = np.flatnonzero((labels != IGNORED).any(axis=0))
-    labels = np.ascontiguousarray(labels[:, positions])
-    return Batch(
-        ids=ids,
-        mask=mask,
-        positions=positions,
-        labels=labels,
-        labelled=int((labels != IGNORED).sum()),
-        tokens=int(mask.sum()),
-    )
 
 
 def labelled_counts(rows: TokenRows) -> NDArray[np.int64]:

@@ -1,30 +1,23 @@
-"""The base model, kept warm and frozen, and the LoRA adapter put on it and taken off again."""
+"""The base model: loaded from its folder, frozen, and checked against what a job wants of it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
 from llamahome.config import TrainingConfig
-from llamahome.config.training import LoraConfig
 from llamahome.errors import InvalidConfig, InvalidData, InvalidState, NotFound
 from llamahome.schemas import BaseRef
 from llamahome.storage.bases import base_digest
 from llamahome.training.data import TokenData, largest_id, longest_row
-from llamahome.training.runtime import Machine, seed_for
-
-ADAPTER_NAME = "default"
-_INIT_STEP = -1  # the place of LoRA's own start values in the job's random draws
+from llamahome.training.runtime import Machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,33 +45,6 @@ class LoadedBase:
     @property
     def vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter on a base. ``parameters`` are fp32, named and ordered as PEFT saves them."""
-
-    model: Any
-    parameters: dict[str, torch.nn.Parameter]
-    target_modules: list[str]
-    fan_in_fan_out: bool
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """A copy on the CPU."""
-        return {
-            name: parameter.detach().to("cpu", copy=True).contiguous()
-            for name, parameter in self.parameters.items()
-        }
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
-
-    def moved(self) -> bool:
-        """True where every B, zero at the start, has learned something finite."""
-        ups = [tensor for name, tensor in self.parameters.items() if ".lora_B." in name]
-        return all(bool(tensor.any()) and bool(tensor.isfinite().all()) for tensor in ups)
 
 
 def load_base(ref: BaseRef, machine: Machine) -> LoadedBase:
@@ -195,35 +161,3 @@ def target_modules(model: Any, wanted: tuple[str, ...] | str) -> list[str]:
                 remedy=f"It has: {', '.join(sorted(names))}",
             )  # fmt: skip
     return sorted(wanted)
-
-
-@contextlib.contextmanager
-def adapter_on(base: LoadedBase, lora: LoraConfig, seed: int) -> Iterator[Adapter]:
-    """A fresh adapter on the base; when the block ends, the base is as it was before."""
-    names = target_modules(base.model, lora.target_modules)
-    # GPT-2 and its kin keep their weights as [in, out].
-    transposed = any(isinstance(module, Conv1D) for module in base.model.modules())
-    seed_for(seed, _INIT_STEP, 0)
-    model = peft.get_peft_model(
-        base.model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float is fine
-            lora_dropout=lora.dropout,
-            target_modules=names,
-            bias="none",
-            use_rslora=lora.use_rslora,
-            fan_in_fan_out=transposed,
-        ),
-        adapter_name=ADAPTER_NAME,
-    )
-    try:
-        trainable = {
-            name.replace(f".{ADAPTER_NAME}.", "."): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        yield Adapter(model, dict(sorted(trainable.items())), names, transposed)
-    finally:
-        model.unload()

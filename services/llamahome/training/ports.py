@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,8 +47,9 @@ class TrainPorts(Protocol):
         self, message: str, *, level: str = "info", data: Mapping[str, Any] | None = None
     ) -> None: ...
 
-    def checkpoint(self, point: LocalCheckpoint) -> None:
-        """Make it durable; when this returns, the folder may be deleted."""
+    def checkpoint(self, point: LocalCheckpoint) -> Callable[[], bool] | None:
+        """Make it durable. None where it is when this returns; else a function that says, later,
+        whether it is. Until then the folder stays."""
         ...
 
     def should_stop(self) -> StopReason | None: ...

@@ -7,16 +7,29 @@ whatever it starts can be killed as one group; without the secrets of the proces
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamahome.errors import WorkerLost
-from llamahome.training.wire import Channel, Message, Quit, Ready
+from llamahome.training.wire import (
+    Admit,
+    Channel,
+    FromEngine,
+    Message,
+    Quit,
+    Ready,
+    Stop,
+    Stored,
+    ToEngine,
+)
 
 # -P: nothing that lies in the working folder may shadow a module.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "llamahome.training.engine")
@@ -65,6 +78,36 @@ def engine_environment(environ: Mapping[str, str], threads: int) -> dict[str, st
     }
 
 
+class Line:
+    """One job's side of the talk with an engine. For one thread."""
+
+    def __init__(self, engine: EngineProcess, job: str) -> None:
+        self.engine, self.job = engine, job
+        self._heard: queue.SimpleQueue[FromEngine | WorkerLost] = queue.SimpleQueue()
+
+    def put(self, message: FromEngine | WorkerLost) -> None:
+        self._heard.put(message)
+
+    def send(self, message: ToEngine) -> None:
+        """Raises WorkerLost where the engine is gone."""
+        self.engine.send(message)
+
+    def receive(self, timeout_seconds: float) -> FromEngine | None:
+        """The next message about the job, or None in time. Raises WorkerLost."""
+        try:
+            message = self._heard.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return None
+        if isinstance(message, WorkerLost):
+            self._heard.put(message)  # for whoever asks again
+            raise message
+        return message
+
+    def close(self) -> None:
+        """Hear no more of the job."""
+        self.engine.forget(self.job)
+
+
 class EngineProcess:
     """One engine. ``owner`` is the process that may use it: a fork's copy must not.
 
@@ -96,47 +139,87 @@ class EngineProcess:
         )
         theirs.close()
         self._channel = Channel(ours)
-        self._ready = False
+        self._ready = threading.Event()
+        self._lock = threading.Lock()
+        self._lines: dict[str, Line] = {}
+        self._lost: WorkerLost | None = None
         self._killed = False
+        self.heard_at = time.monotonic()
+        self._listener = threading.Thread(target=self._listen, name="engine", daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """False also for one whose channel is closed: it is of no use."""
+        return self._lost is None and self._process.poll() is None
 
     def ready(self) -> bool:
         """Wait a moment for it to come up. Raises WorkerLost where it will not."""
-        if not self._ready:
-            self._ready = isinstance(self.receive(_POLL_SECONDS), Ready)
-        return self._ready
+        up = self._ready.wait(_POLL_SECONDS)
+        if self._lost is not None:
+            raise self._lost
+        return up
+
+    def line(self, job: str) -> Line:
+        """From now on what the engine says of ``job`` is heard there. Raises WorkerLost."""
+        line = Line(self, job)
+        with self._lock:
+            if self._lost is not None:
+                raise self._lost
+            assert job not in self._lines, f"job {job} is on this engine already"
+            self._lines[job] = line
+        return line
+
+    def forget(self, job: str) -> None:
+        with self._lock:
+            self._lines.pop(job, None)
 
     def send(self, message: Message) -> None:
         """Raises WorkerLost where it is gone."""
         try:
             self._channel.send(message)
         except OSError as error:
-            raise self._lost() from error
+            self._listener.join(_QUIT_SECONDS)
+            raise self._lost or WorkerLost(f"the engine closed its channel: {error}") from error
 
-    def receive(self, timeout_seconds: float) -> Message | None:
-        """The next message, or None in time. Raises WorkerLost where it is gone or garbled."""
+    def _listen(self) -> None:
+        """Hand each message to the line of its job, until there are no more."""
         try:
-            return self._channel.receive(timeout_seconds)
-        except EOFError as error:
-            raise self._lost() from error
+            while True:
+                message = self._channel.receive(None)
+                self.heard_at = time.monotonic()
+                if isinstance(message, Ready):
+                    self._ready.set()
+                elif isinstance(message, Admit | Stop | Stored | Quit) or message is None:
+                    raise ValueError(f"{message} is nothing that an engine says")
+                else:
+                    with self._lock:
+                        line = self._lines.get(message.job)
+                    if line is not None:
+                        line.put(message)
+        except (EOFError, OSError):
+            self._fail(f"the engine {self._how()}{self.tail()}")
         except ValueError as error:
-            self.kill()
-            raise WorkerLost(f"the engine sent no message: {error}{self.tail()}") from error
+            self._kill_group()
+            self._fail(f"the engine sent no message: {error}{self.tail()}")
 
-    def _lost(self) -> WorkerLost:
+    def _fail(self, why: str) -> None:
+        with self._lock:
+            self._lost = WorkerLost(why)
+            for line in self._lines.values():
+                line.put(self._lost)
+        self._ready.set()
+
+    def _how(self) -> str:
         try:
             self._process.wait(_QUIT_SECONDS)
-            how = self.exit()
         except subprocess.TimeoutExpired:
-            how = "closed its channel"
-        self.kill()
-        return WorkerLost(f"the engine {how}{self.tail()}")
+            self._kill_group()
+            return "closed its channel"
+        return self.exit()
 
     def exit(self) -> str:
         """How it ended, in words."""
@@ -161,15 +244,20 @@ class EngineProcess:
 
     def kill(self) -> None:
         """SIGKILL to its whole group, now. Harmless to repeat."""
-        if self._killed:
-            return  # the group's number may be somebody else's by now
-        self._killed = True
+        self._kill_group()
+        self._process.wait()
+        self._listener.join()  # nobody may be reading a socket that is closed
+        self._channel.close()
+
+    def _kill_group(self) -> None:
+        with self._lock:
+            if self._killed:
+                return  # the group's number may be somebody else's by now
+            self._killed = True
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # it and its group are gone
-        self._process.wait()
-        self._channel.close()
 
     def close(self) -> None:
         """Ask it to end, and see to it that it does."""

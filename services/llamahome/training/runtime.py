@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import platform
 from collections.abc import Iterator
 from typing import Literal
 
-import peft
 import torch
 import transformers
 
@@ -21,10 +19,16 @@ from llamahome.schemas import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where to run, as the process's settings say it. ``threads`` 0 is every core allowed."""
+    """Where to run, as the process's settings say it. ``threads`` 0 is every core allowed.
+
+    ``memory_bytes`` limits what activations may take (None: what the device has free), and
+    ``tick_tokens`` the tokens of a pass (0: as the device and the base suggest).
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
+    memory_bytes: int | None = None
+    tick_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +36,20 @@ class Machine:
     """Where a job really runs. ``note`` is set where that is not what its config asks for."""
 
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp64", "fp32", "bf16"]  # fp64 is for checking the arithmetic alone
     threads: int
     deterministic: bool
     note: str | None = None
     note_level: Literal["info", "warn"] = "info"
+    memory_bytes: int | None = None
+    tick_tokens: int = 0
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """The frozen base's; adapters, moments and the loss are fp32 always."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        """The frozen base's; adapters, moments and the loss are never narrower than fp32."""
+        return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[
+            self.precision
+        ]
 
 
 def choose_machine(runtime: Runtime, config: TrainingConfig, threads: int | None = None) -> Machine:
@@ -77,12 +80,14 @@ def choose_machine(runtime: Runtime, config: TrainingConfig, threads: int | None
         deterministic=config.mode == "exact" or not cuda,
         note=note,
         note_level="warn" if precision == "fp32" else "info",
+        memory_bytes=runtime.memory_bytes,
+        tick_tokens=runtime.tick_tokens,
     )
 
 
 @contextlib.contextmanager
 def configured(machine: Machine) -> Iterator[None]:
-    """Torch's process-wide switches and generators set for a job, and put back after it."""
+    """Torch's process-wide switches set for a job, and put back after it."""
     cuda = machine.device.type == "cuda"
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -95,20 +100,12 @@ def configured(machine: Machine) -> Iterator[None]:
             # Their backward passes add up with atomics, in no fixed order.
             torch.backends.cuda.enable_flash_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(False)
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cuda.enable_flash_sdp(flash)
         torch.backends.cuda.enable_mem_efficient_sdp(efficient)
-
-
-def seed_for(seed: int, step: int, micro_batch: int) -> None:
-    """Set every generator for one micro-batch, so that none has a state worth saving."""
-    text = f"llamahome/{seed}/{step}/{micro_batch}".encode()
-    value = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-    torch.manual_seed(value)
 
 
 def fingerprint(machine: Machine, config: TrainingConfig) -> JsonObject:
@@ -118,7 +115,6 @@ def fingerprint(machine: Machine, config: TrainingConfig) -> JsonObject:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "peft": peft.__version__,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llamahome.config import Settings
-from llamahome.errors import CorruptArtifact, OperatorError
+from llamahome.errors import CorruptArtifact, NotFound, OperatorError
 from llamahome.schemas import JobSpec, Ports, Stage, StageFunction, StageResult, StageTask, Step
 from llamahome.training.publish import (
     assemble_report,
@@ -18,10 +18,10 @@ from llamahome.training.publish import (
     complete_adapter,
     summarise,
 )
-from llamahome.training.supervisor import EngineSlot, Session
+from llamahome.training.supervisor import Session, WarmEngine
 from llamahome.training.wire import Admit
 
-_slot = EngineSlot()
+_engine = WarmEngine()
 
 
 def make_stage(settings: Settings) -> StageFunction:
@@ -42,20 +42,22 @@ def run(task: StageTask, ports: Ports, settings: Settings) -> StageResult:
     """
     if (task.stage, task.step) != (Stage.training, Step.train):
         raise OperatorError(f"the training stage has no step {task.stage}/{task.step}")
-    with _slot.lease(settings) as engine:  # first, so that it starts while the inputs come
+    job = f"{task.job_id}.{task.run_id}.{task.fence}"
+    with _engine.lease(settings, job) as line:  # first, so that it starts while the inputs come
         prepared = _folder(task, ports, Stage.preprocessing)
         validation = _folder(task, ports, Stage.validation)
-        resume = _resume_folder(task, ports)
         admit = Admit(
-            job_id=task.job_id,
+            job=job,
             spec=_with_absolute_base(task),
             data=str(prepared.resolve()),
             scratch=str(ports.scratch.resolve()),
-            resume=str(resume.resolve()) if resume is not None else None,
+            resume=tuple(str(folder.resolve()) for folder in _resume_folders(task, ports)),
             device=settings.device,
             threads=settings.threads,
+            memory_bytes=settings.memory_bytes,
+            tick_tokens=settings.tick_tokens,
         )
-        done = Session(engine, ports, settings).run(admit)
+        done = Session(line, ports, settings).run(admit)
     report = assemble_report(task, validation, prepared, done.report)
     folder = Path(done.folder)
     complete_adapter(folder, task.spec, prepared, report)
@@ -73,7 +75,7 @@ def key(task: StageTask) -> str | None:
 
 def shutdown_engine() -> None:
     """End this process's warm engine."""
-    _slot.shutdown()
+    _engine.shutdown()
 
 
 def _folder(task: StageTask, ports: Ports, stage: Stage) -> Path:
@@ -82,15 +84,18 @@ def _folder(task: StageTask, ports: Ports, stage: Stage) -> Path:
     return ports.folder(artifact)
 
 
-def _resume_folder(task: StageTask, ports: Ports) -> Path | None:
-    if task.resume is None:
-        return None
-    try:
-        return ports.folder(task.resume.artifact)
-    except CorruptArtifact as error:
-        # As the loop does with one that storage takes for whole.
-        ports.event(f"The checkpoint is corrupt, training starts afresh: {error}", level="warn")
-        return None
+def _resume_folders(task: StageTask, ports: Ports) -> list[Path]:
+    """The checkpoints that storage takes for whole, the newest first."""
+    points = ([task.resume] if task.resume is not None else []) + list(task.earlier)
+    folders = []
+    for point in points:
+        try:
+            folders.append(ports.folder(point.artifact))
+        except (CorruptArtifact, NotFound) as error:
+            ports.event(
+                f"The checkpoint of step {point.step} cannot be used: {error}", level="warn"
+            )
+    return folders
 
 
 def _with_absolute_base(task: StageTask) -> JobSpec:

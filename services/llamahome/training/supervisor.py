@@ -1,4 +1,4 @@
-"""One job's conversation with the engine, and the engine kept warm between jobs. No torch here."""
+"""The engine kept warm between jobs, and each job's conversation with it. No torch here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llamahome.config import Settings
@@ -19,13 +20,14 @@ from llamahome.errors import (
     error_from_dict,
 )
 from llamahome.schemas import CheckpointRef, Ports, StopReason
-from llamahome.training.process import ENGINE_COMMAND, START_SECONDS, EngineProcess
+from llamahome.training.crashing import crash_point
+from llamahome.training.process import ENGINE_COMMAND, START_SECONDS, EngineProcess, Line
 from llamahome.training.wire import (
     Admit,
     Done,
     Failed,
+    FromEngine,
     Halted,
-    Message,
     Progress,
     Said,
     Saved,
@@ -34,46 +36,64 @@ from llamahome.training.wire import (
 )
 
 POLL_SECONDS = 0.2
+_LEAVE_SECONDS = 5.0  # for a job nobody wants any more to get off the engine
 
 
-class EngineSlot:
-    """At most one warm engine a process; a job that finds it busy gets one of its own."""
+class WarmEngine:
+    """The process's one engine, shared by all jobs that it trains; started when first needed."""
 
     def __init__(self, command: Sequence[str] = ENGINE_COMMAND) -> None:
         self._command = command
-        self._busy = threading.Lock()
+        self._lock = threading.Lock()
         self._engine: EngineProcess | None = None
+        self._users = 0
+        self._starter: tuple[int, ThreadPoolExecutor] | None = None
 
     @contextlib.contextmanager
-    def lease(self, settings: Settings) -> Iterator[EngineProcess]:
-        """A live engine, perhaps still starting; kept afterwards unless it was killed."""
-        if self._busy.acquire(blocking=False):
-            try:
-                yield self._usable(settings)
-            finally:
-                self._busy.release()
-            return
-        engine = self._start(settings)
+    def lease(self, settings: Settings, job: str) -> Iterator[Line]:
+        """A line to a live engine, perhaps still starting; the engine stays afterwards.
+
+        Raises WorkerLost where it dies at once, and OSError where it cannot be started.
+        """
+        with self._lock:
+            engine = self._usable(settings)
+            line = engine.line(job)
+            self._users += 1
         try:
-            yield engine
+            yield line
         finally:
-            engine.close()
+            line.close()
+            with self._lock:
+                self._users -= 1
 
     def _usable(self, settings: Settings) -> EngineProcess:
         engine = self._engine
         if engine is not None and (engine.owner != os.getpid() or not engine.alive()):
-            self.shutdown()
+            self._end()
             engine = None
         if engine is None:
             engine = self._engine = self._start(settings)
-        engine.forget_log()
+        elif not self._users:
+            engine.forget_log()
         return engine
 
     def _start(self, settings: Settings) -> EngineProcess:
-        return EngineProcess(settings.scratch_root, settings.threads, self._command)
+        """In a thread that lives as long as this process: the engine dies with it."""
+        if self._starter is None or self._starter[0] != os.getpid():
+            self._users = 0
+            self._starter = (os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="starter"))
+        return (
+            self._starter[1]
+            .submit(EngineProcess, settings.scratch_root, settings.threads, self._command)
+            .result()
+        )
 
     def shutdown(self) -> None:
-        """End the warm engine, if there is one. Harmless to repeat."""
+        """End the engine, if there is one. Harmless to repeat."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
         engine, self._engine = self._engine, None
         if engine is None:
             return
@@ -86,13 +106,13 @@ class EngineSlot:
 class Session:
     """One job on the engine: what it sends goes to the ports, and stops go the other way.
 
-    When :meth:`run` raises anything but what the engine itself reported, the engine's state is
-    unknown, and it is killed.
+    Other jobs go on when this one ends, however it does; only an engine that does not answer is
+    killed.
     """
 
-    def __init__(self, engine: EngineProcess, ports: Ports, settings: Settings) -> None:
-        self._engine, self._ports, self._settings = engine, ports, settings
-        self._idle = True
+    def __init__(self, line: Line, ports: Ports, settings: Settings) -> None:
+        self._line, self._ports, self._settings = line, ports, settings
+        self._on_engine = False
         self._unstored: Saved | None = None
         self._stopping: StopReason | None = None
         self._deadline = float("inf")
@@ -101,8 +121,8 @@ class Session:
         """Raises what the job raised, Stopped, WorkerLost (engine gone or stalled), Fenced."""
         self._await_ready()
         try:
-            self._idle = False
-            self._engine.send(admit)
+            self._line.send(admit)
+            self._on_engine = True
             return self._converse()
         except (SystemExit, KeyboardInterrupt) as leaving:
             # The worker is being shut down: save what there is, then let it go on.
@@ -113,42 +133,49 @@ class Session:
                 leaving.add_note(f"not saved on the way out: {error}")
             raise
         finally:
-            if not self._idle:
-                self._engine.kill()
+            self._leave()
 
     def _await_ready(self) -> None:
+        engine = self._line.engine
         deadline = time.monotonic() + START_SECONDS
-        while not self._engine.ready():
+        while not engine.ready():
             reason = self._ports.should_stop()
             if reason is StopReason.fenced:
                 raise Fenced("another attempt holds the run")
             if reason is not None:
                 raise Stopped("stopped before the engine was ready", code=reason.value)
             if time.monotonic() > deadline:
-                self._engine.kill()
-                raise WorkerLost(
-                    f"the engine was not ready in {START_SECONDS:g} s{self._engine.tail()}"
-                )
+                engine.kill()
+                raise WorkerLost(f"the engine was not ready in {START_SECONDS:g} s{engine.tail()}")
 
     def _converse(self) -> Done:
-        heard = time.monotonic()
+        began = time.monotonic()
         while True:
-            message = self._engine.receive(POLL_SECONDS)
+            message = self._line.receive(POLL_SECONDS)
             if message is not None:
                 if (done := self._take(message)) is not None:
                     return done
-                heard = time.monotonic()
-            elif (silent := time.monotonic() - heard) > self._settings.stall_seconds:
-                raise WorkerLost(
-                    f"no word from the engine for {silent:.1f} s (stall_seconds is "
-                    f"{self._settings.stall_seconds:g}){self._engine.tail()}"
-                )
+            else:
+                self._check_stall(began)
             self._relay_stop()
             if time.monotonic() > self._deadline:
                 assert self._stopping is not None
                 raise Stopped("the engine did not stop in time", code=self._stopping.value)
 
-    def _take(self, message: Message) -> Done | None:
+    def _check_stall(self, began: float) -> None:
+        """An engine that says nothing, of any job, hangs."""
+        engine = self._line.engine
+        silent = time.monotonic() - max(began, engine.heard_at)
+        if silent <= self._settings.stall_seconds:
+            return
+        engine.kill()
+        self._on_engine = False
+        raise WorkerLost(
+            f"no word from the engine for {silent:.1f} s (stall_seconds is "
+            f"{self._settings.stall_seconds:g}){engine.tail()}"
+        )
+
+    def _take(self, message: FromEngine) -> Done | None:
         """Hand one message on. Returns the job's result when it is that."""
         match message:
             case Progress():
@@ -158,58 +185,77 @@ class Session:
             case Saved():
                 self._store(message)
             case Done():
-                self._idle = True
+                self._on_engine = False
                 if self._stopping is StopReason.cancel:
                     raise Stopped("cancelled at the last step", code=StopReason.cancel.value)
                 return message
             case Halted():
-                self._idle = True
+                self._on_engine = False
                 raise Stopped(message.message, code=message.reason.value)
             case Failed():
-                self._idle = not message.fatal  # a fatal one leaves an engine to be killed
+                self._on_engine = False
+                if message.fatal:
+                    self._line.engine.kill()  # by its own word it is of no more use, to any job
                 raise error_from_dict(message.error)
             case _:
                 raise OperatorError(f"the engine sent {message.kind!r} in the middle of a job")
         return None
 
     def _store(self, saved: Saved) -> None:
-        """Publish a checkpoint, then point the run at it, then let the engine go on."""
+        """Publish a checkpoint, then point the run at it, then tell the engine."""
         self._unstored = saved
         artifact = self._ports.publish(Path(saved.folder), "checkpoint")
+        crash_point("before_pointer")
         self._ports.checkpoint(
             CheckpointRef(
                 step=saved.step, artifact=artifact, eval_loss=saved.eval_loss, best=saved.best
             )
         )
+        crash_point("after_pointer")
         self._unstored = None
-        self._engine.send(Stored(step=saved.step))
+        self._line.send(Stored(job=saved.job, step=saved.step))
 
     def _relay_stop(self) -> None:
         reason = self._ports.should_stop()
         if reason is None or reason is self._stopping:
             return
         if reason is StopReason.fenced:
-            # Another attempt runs this job now: nothing of ours may go on, not even to save.
+            # Another attempt runs this job now: nothing of ours may be published.
             raise Fenced("another attempt holds the run")
         self._ask_to_stop(reason)
 
     def _ask_to_stop(self, reason: StopReason) -> None:
         self._stopping = reason
         self._deadline = time.monotonic() + self._settings.drain_seconds
-        self._engine.send(Stop(reason=reason))
+        self._line.send(Stop(job=self._line.job, reason=reason))
 
     def _drain(self) -> None:
         """Have the engine save at its next step and stop, within ``drain_seconds``."""
-        if self._idle:
+        if not self._on_engine:
             return
         self._ask_to_stop(StopReason.drain)
         if self._unstored is not None:
             self._store(self._unstored)  # interrupted half-way; publishing twice is harmless
         while time.monotonic() < self._deadline:
-            message = self._engine.receive(POLL_SECONDS)
+            message = self._line.receive(POLL_SECONDS)
             try:
                 if message is not None and self._take(message) is not None:
                     return
             except Stopped:
                 return
         raise WorkerLost(f"the engine had not saved in {self._settings.drain_seconds:g} s")
+
+    def _leave(self) -> None:
+        """Get the job off the engine where it still is, so that its folder can be removed."""
+        engine = self._line.engine
+        if not self._on_engine or not engine.alive():
+            return
+        try:
+            self._line.send(Stop(job=self._line.job, reason=StopReason.cancel))
+            deadline = time.monotonic() + _LEAVE_SECONDS
+            while time.monotonic() < deadline:
+                if isinstance(self._line.receive(POLL_SECONDS), Done | Halted | Failed):
+                    return
+        except WorkerLost:
+            return  # it is off, and so is every other: they find out for themselves
+        engine.kill()

@@ -2,14 +2,15 @@
 
 To the engine: :class:`Admit`, :class:`Stop`, :class:`Stored`, :class:`Quit`. From it:
 :class:`Ready` once, then for each admitted job any number of :class:`Progress`, :class:`Said` and
-:class:`Saved` (which waits for Stored), and exactly one of :class:`Done`, :class:`Failed` and
-:class:`Halted`.
+:class:`Saved` (each answered with Stored), and exactly one of :class:`Done`, :class:`Failed` and
+:class:`Halted`. Many jobs are talked of over one socket; ``job`` names an attempt at one.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import threading
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -21,30 +22,34 @@ _CHUNK_BYTES = 65_536
 
 
 class Admit(Schema):
-    """Train this. Paths are absolute and local; ``resume`` is a checkpoint folder."""
+    """Train this. Paths are absolute and local."""
 
     kind: Literal["admit"] = "admit"
     v: Literal[1] = 1
-    job_id: str
+    job: str
     spec: JobSpec
     data: str
     scratch: str
-    resume: str | None
+    resume: tuple[str, ...] = Field(default=(), description="checkpoints, the one to try first")
     device: Literal["auto", "cpu", "cuda"]
     threads: int
+    memory_bytes: int | None = None
+    tick_tokens: int = 0
 
 
 class Stop(Schema):
     """End at the next step boundary; on pause and drain, save first."""
 
     kind: Literal["stop"] = "stop"
+    job: str
     reason: StopReason
 
 
 class Stored(Schema):
-    """The checkpoint of ``step`` is durable: go on."""
+    """The checkpoint of ``step`` is durable."""
 
     kind: Literal["stored"] = "stored"
+    job: str
     step: int
 
 
@@ -62,6 +67,7 @@ class Ready(Schema):
 
 class Progress(Schema):
     kind: Literal["progress"] = "progress"
+    job: str
     done: int
     total: int | None
     data: JsonObject
@@ -71,15 +77,17 @@ class Said(Schema):
     """An event of the job."""
 
     kind: Literal["said"] = "said"
+    job: str
     message: str
     level: Literal["info", "warn", "error"]
     data: JsonObject
 
 
 class Saved(Schema):
-    """A checkpoint lies in ``folder``; the engine waits until it is stored."""
+    """A checkpoint lies in ``folder``, and stays there until it is stored."""
 
     kind: Literal["saved"] = "saved"
+    job: str
     folder: str
     step: int
     eval_loss: float | None
@@ -88,6 +96,7 @@ class Saved(Schema):
 
 class Done(Schema):
     kind: Literal["done"] = "done"
+    job: str
     folder: str
     report: TrainingReport
 
@@ -96,6 +105,7 @@ class Failed(Schema):
     """``error`` is :meth:`LlamaHomeError.to_dict`; after a ``fatal`` one the engine ends."""
 
     kind: Literal["failed"] = "failed"
+    job: str
     error: JsonObject
     fatal: bool
 
@@ -104,6 +114,7 @@ class Halted(Schema):
     """The job ended because it was asked to."""
 
     kind: Literal["halted"] = "halted"
+    job: str
     reason: StopReason
     message: str
 
@@ -116,15 +127,18 @@ _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discrimin
 
 
 class Channel:
-    """One end of the socket. Not for use from two threads at once."""
+    """One end of the socket. Any thread may send; one at a time may receive."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._sending = threading.Lock()
         self._buffer = bytearray()
 
     def send(self, message: Message) -> None:
         """Raises OSError (BrokenPipeError) where the other end is gone."""
-        self._sock.sendall(message.model_dump_json().encode() + b"\n")
+        line = message.model_dump_json().encode() + b"\n"
+        with self._sending:
+            self._sock.sendall(line)
 
     def receive(self, timeout_seconds: float | None) -> Message | None:
         """The next message, or None when none has come in time; None waits for ever.

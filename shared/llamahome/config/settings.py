@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     scratch: Path | None = Field(default=None, description="local folder for attempts")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0, description="torch CPU threads; 0 is all cores")
+    slots: int = Field(default=8, ge=1, description="jobs of one base trained side by side")
+    tick_tokens: int = Field(default=0, ge=0, description="tokens of one pass; 0 is as suits")
+    memory_bytes: int | None = Field(
+        default=None, gt=0, description="activations' limit; unset: what the device has free"
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"

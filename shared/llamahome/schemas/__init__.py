@@ -21,10 +21,11 @@ from llamahome.schemas.jobs import (
 from llamahome.schemas.manifests import MANIFEST_NAME, Manifest, ManifestEntry
 from llamahome.schemas.messages import Doorbell, SubmitMessage
 from llamahome.schemas.metrics import TrainingMetrics
-from llamahome.schemas.ports import Ports, StageFunction, StageKey, StopReason
+from llamahome.schemas.ports import ADOPTED_KINDS, Ports, StageFunction, StageKey, StopReason
 from llamahome.schemas.reports import (
     FileCounts,
     JobReport,
+    MarkerTokens,
     PackingCounts,
     PreparationReport,
     Rejected,
@@ -36,6 +37,7 @@ from llamahome.schemas.reports import (
 from llamahome.schemas.views import ApiKey, Attempt, Base, Job, JobError, Run, StoredFile, Worker
 
 __all__ = [
+    "ADOPTED_KINDS",
     "MANIFEST_NAME",
     "TERMINAL_JOB_STATES",
     "ApiKey",
@@ -57,6 +59,7 @@ __all__ = [
     "JsonObject",
     "Manifest",
     "ManifestEntry",
+    "MarkerTokens",
     "NewEvent",
     "PackingCounts",
     "Ports",

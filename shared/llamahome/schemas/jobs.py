@@ -144,7 +144,7 @@ class StageTask(Schema):
 
     ``plan`` is what the run was created with (a byte range, say); ``inputs`` are the outputs of
     the job's finished runs, in (stage, step, shard) order; ``resume`` is the newest accepted
-    checkpoint, for training.
+    checkpoint, for training, and ``earlier`` are those before it that are kept, newest first.
     """
 
     job_id: str
@@ -157,6 +157,7 @@ class StageTask(Schema):
     plan: JsonObject
     inputs: tuple[RunOutput, ...] = ()
     resume: CheckpointRef | None = None
+    earlier: tuple[CheckpointRef, ...] = ()
 
     def outputs_of(self, stage: Stage, step: Step) -> tuple[RunOutput, ...]:
         return tuple(out for out in self.inputs if out.stage == stage and out.step == step)

@@ -13,6 +13,9 @@ from typing import Any, BinaryIO, Protocol
 
 from llamahome.schemas.jobs import ArtifactRef, CheckpointRef, FileRef, StageResult, StageTask
 
+# What a stage makes once and never touches again.
+ADOPTED_KINDS = frozenset({"rows", "prepared"})
+
 
 class StopReason(StrEnum):
     """Why the work should end at its next boundary."""
@@ -42,7 +45,8 @@ class Ports(Protocol):
     def publish(self, folder: Path, kind: str) -> ArtifactRef:
         """Make the folder's files durable under this run's key (manifest last) and return it.
 
-        ``kind`` is rows, prepared, checkpoint or adapter. Raises Unavailable (storage) or OSError.
+        ``kind`` is rows, prepared, checkpoint or adapter. Those of ``ADOPTED_KINDS`` must never be
+        written to again: the storage may keep the very files. Raises Unavailable, OSError.
         """
         ...
 

@@ -10,6 +10,10 @@ from llamahome.schemas.base import JsonObject, Schema
 from llamahome.schemas.metrics import TrainingMetrics
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Rejected(Schema):
     """One row that cannot be used. ``line`` is 1-based, ``index`` the message's place in it."""
 
@@ -90,6 +94,20 @@ class PackingCounts(Schema):
     fill: float
 
 
+class MarkerTokens(Schema):
+    """The tokens of ``template: markers``; those that the base did not have need new embeddings."""
+
+    ids: dict[str, int] = Field(description="every marker's id, in the tokenizer of the data")
+    added_tokens: dict[str, int] = Field(description="the ids of the markers new to the base")
+    base_vocabulary: int = Field(description="ids of the base's tokenizer; new ones start here")
+    base_embeddings: int | None = Field(
+        default=None, description="rows of the base's embeddings, where its config says"
+    )
+    not_servable_by_vllm: str | None = Field(
+        default=None, description="why; null where no token was added"
+    )
+
+
 class PreparationReport(Schema):
     """Rows in = training + validation + dropped by reason + duplicates dropped; residual 0."""
 
@@ -114,6 +132,9 @@ class PreparationReport(Schema):
     )
     truncated_examples: tuple[TruncatedRow, ...] = ()
     packing: PackingCounts | None = None
+    markers: MarkerTokens | None = Field(
+        default=None, description="with template: markers only", exclude_if=_is_none
+    )
 
     @property
     def residual(self) -> int:
@@ -146,6 +167,11 @@ class TrainingReport(Schema):
     precision: str
     mode: str
     metrics: TrainingMetrics
+    proofs: JsonObject = Field(
+        default_factory=dict,
+        description="factoring: the same rows as other micro-batches; first_step_moved: every part "
+        "of the adapter; isolation: packed against alone",
+    )
     fingerprint: JsonObject = Field(default_factory=dict)
 
 

@@ -1,0 +1,273 @@
+"""``python -m llamahome.training.engine``: the process that holds the base and runs the model.
+
+It is started by a supervisor (process.py), talks to it over one socket (wire.py), keeps the base
+warm between jobs, trains many side by side, holds no secret, and dies with its supervisor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from llamahome.errors import LlamaHomeError, OperatorError, Stopped, Unavailable
+from llamahome.schemas import StopReason
+from llamahome.training.ports import LocalCheckpoint, TrainedAdapter
+from llamahome.training.wire import (
+    Admit,
+    Channel,
+    Done,
+    Failed,
+    Halted,
+    Message,
+    Progress,
+    Quit,
+    Ready,
+    Said,
+    Saved,
+    Stop,
+    Stored,
+)
+
+if TYPE_CHECKING:
+    from llamahome.training.engine.ticks import Engine
+    from llamahome.training.runtime import Machine
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_BEAT_SECONDS = 0.1
+
+
+def main() -> int:
+    """Serve jobs until told to quit or the supervisor is gone. Exit status 0, or 1 when fatal."""
+    parser = argparse.ArgumentParser(prog="llamahome.training.engine")
+    parser.add_argument("--channel", type=int, required=True, help="inherited socket")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the supervisor")
+    arguments = parser.parse_args()
+    _die_with(arguments.parent)
+    # Ctrl-C goes to the terminal's whole group; what it means here, the supervisor decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.set_inheritable(arguments.channel, False)
+    channel = Channel(socket.socket(fileno=arguments.channel))
+    try:
+        return _Server(channel).serve()
+    except (EOFError, BrokenPipeError):
+        return 0  # the supervisor is gone, or said so; nobody is left to tell
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent's thread ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        sys.exit(0)  # it died before the call above took hold
+
+
+class _Server:
+    """Hears the supervisor in one thread, and trains in this one.
+
+    What is heard becomes a call in the inbox, which the engine makes between two ticks.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._engine: Engine | None = None
+        self._ports: dict[str, _WirePorts] = {}
+        self._waiting: list[Admit] = []
+        self._fatal = False
+
+    def serve(self) -> int:
+        # The log's tail stands in error texts; what libraries plan to rename does not belong there.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # Imported before Ready, so that the first job finds a warm process.
+        import llamahome.training.loop  # noqa: F401
+
+        self._channel.send(Ready(pid=os.getpid()))
+        threading.Thread(target=self._listen, name="channel", daemon=True).start()
+        while not self._fatal:
+            if self._engine is not None and self._engine.busy:
+                self._engine.tick(wait=True)
+            elif self._waiting:
+                self._admit(self._waiting.pop(0))
+            else:
+                self._inbox.get()()
+        return 1
+
+    def _listen(self) -> None:
+        try:
+            while (message := self._channel.receive(None)) is not None:
+                self._inbox.put(lambda heard=message: self._hear(heard))  # type: ignore[misc]
+                if isinstance(message, Quit):
+                    return
+        except (EOFError, OSError, ValueError):
+            self._inbox.put(lambda: self._hear(Quit()))
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case Quit():
+                raise EOFError("told to quit")
+            case Admit():
+                self._admit(message)
+            case Stop(job=job) if job in self._ports:
+                self._ports[job].stop = message.reason
+            case Stop(job=job):
+                self._give_up_waiting(job, message.reason)
+            case Stored(job=job) if job in self._ports:
+                self._ports[job].stored.add(message.step)
+            case _:
+                pass  # it crossed with the end of its job
+
+    def _give_up_waiting(self, job: str, reason: StopReason) -> None:
+        for admit in self._waiting:
+            if admit.job == job:
+                self._waiting.remove(admit)
+                message = "stopped before it began"
+                self._channel.send(Halted(job=job, reason=reason, message=message))
+                return
+
+    def _admit(self, admit: Admit) -> None:
+        """Take a job in, or keep it until the jobs of another base have ended."""
+        ports = self._ports[admit.job] = _WirePorts(self._channel, admit.job, Path(admit.scratch))
+        try:
+            if not self._begin(admit, ports):
+                del self._ports[admit.job]
+                self._waiting.append(admit)
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:
+            self._end(admit.job, error)
+
+    def _begin(self, admit: Admit, ports: _WirePorts) -> bool:
+        from llamahome.config import parse_training_config
+        from llamahome.training.data import TokenData
+        from llamahome.training.loop import load_snapshot, machine_for
+        from llamahome.training.model import check_fits
+        from llamahome.training.runtime import Runtime
+
+        config = parse_training_config(admit.spec.config, source="job")
+        runtime = Runtime(admit.device, admit.threads, admit.memory_bytes, admit.tick_tokens)
+        snapshot = load_snapshot([Path(each) for each in admit.resume], ports)
+        machine = machine_for(runtime, config, snapshot)
+        engine = self._engine_for(admit, machine)
+        if engine is None:
+            return False
+        data = TokenData.open(Path(admit.data))
+        data.check()
+        check_fits(engine.warm.loaded, data, config)
+        engine.admit(
+            admit.spec, config, data, ports, machine,
+            lambda outcome: self._end(admit.job, outcome), snapshot=snapshot,
+        )  # fmt: skip
+        return True
+
+    def _engine_for(self, admit: Admit, machine: Machine) -> Engine | None:
+        """The engine with the job's base warm; None while another base is at work."""
+        from llamahome.training.engine.ticks import Engine
+        from llamahome.training.model import load_base
+        from llamahome.training.runtime import configured
+
+        if self._engine is not None and self._engine.serves(admit.spec.base, machine):
+            return self._engine
+        if self._engine is not None:
+            if self._engine.busy:
+                return None
+            self._engine.close()
+            self._engine = None  # let go of its base first: two may not fit
+        with configured(machine):
+            loaded = load_base(admit.spec.base, machine)
+        self._engine = Engine(loaded, machine, self._inbox)
+        return self._engine
+
+    def _end(self, job: str, outcome: TrainedAdapter | Exception) -> None:
+        """Whatever happened becomes one message."""
+        self._ports.pop(job, None)
+        self._channel.send(self._answer(job, outcome))
+
+    def _answer(self, job: str, outcome: TrainedAdapter | Exception) -> Message:
+        match outcome:
+            case TrainedAdapter() if outcome.report.base_unchanged:
+                return Done(job=job, folder=str(outcome.folder), report=outcome.report)
+            case TrainedAdapter():
+                # Nothing that shares this base can be trusted: the process ends.
+                self._fatal = True
+                changed = OperatorError("the base's weights changed while adapters were trained")
+                return Failed(job=job, error=changed.to_dict(), fatal=True)
+            case Stopped():
+                reason = StopReason(outcome.code)
+                return Halted(job=job, reason=reason, message=outcome.message)
+            case LlamaHomeError():
+                return Failed(job=job, error=outcome.to_dict(), fatal=False)
+            case OSError():
+                traceback.print_exception(outcome)
+                return Failed(job=job, error=_from_os_error(outcome).to_dict(), fatal=False)
+            case _:
+                traceback.print_exception(outcome)
+                self._fatal = True
+                ours = OperatorError(f"{type(outcome).__name__}: {outcome}")
+                return Failed(job=job, error=ours.to_dict(), fatal=True)
+
+
+def _from_os_error(error: OSError) -> Unavailable:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Unavailable(
+        f"{type(error).__name__}: {error}", code="disk_full" if full else None,
+        remedy="Free space in the scratch folder" if full else None,
+    )  # fmt: skip
+
+
+class _WirePorts:
+    """One job's ports, spoken over the channel. ``stop`` and ``stored`` are what was heard."""
+
+    def __init__(self, channel: Channel, job: str, scratch: Path) -> None:
+        self._channel, self._job = channel, job
+        self._sent = (-1, 0.0)  # steps done, monotonic seconds
+        self.scratch = scratch
+        self.stop: StopReason | None = None
+        self.stored: set[int] = set()
+
+    def progress(self, done: int, total: int | None, data: Mapping[str, Any] | None = None) -> None:
+        step, at = self._sent
+        if done == step and time.monotonic() - at < _BEAT_SECONDS:
+            return
+        self._sent = (done, time.monotonic())
+        self._channel.send(Progress(job=self._job, done=done, total=total, data=dict(data or {})))
+
+    def event(
+        self, message: str, *, level: str = "info", data: Mapping[str, Any] | None = None
+    ) -> None:
+        known = cast(Literal["info", "warn", "error"], level)
+        self._channel.send(Said(job=self._job, message=message, level=known, data=dict(data or {})))
+
+    def checkpoint(self, point: LocalCheckpoint) -> Callable[[], bool]:
+        self.stored.discard(point.step)
+        self._channel.send(
+            Saved(
+                job=self._job,
+                folder=str(point.folder),
+                step=point.step,
+                eval_loss=point.eval_loss,
+                best=point.best,
+            )
+        )
+        return lambda: point.step in self.stored
+
+    def should_stop(self) -> StopReason | None:
+        return self.stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a job proves about itself on its own data and base; the results go into its report."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llamahome.conversations.tokens import TokenRows
+from llamahome.schemas import JsonObject
+from llamahome.training.data import labelled_counts
+from llamahome.training.engine.passes import make_unit
+from llamahome.training.engine.slots import Slot
+from llamahome.training.engine.warm import WarmBase
+
+_ROWS = 3
+_TOKENS = 2048  # a check costs no more than this many, whatever the rows
+
+
+def check_factoring(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
+    """The same rows as one micro-batch and as one each: loss and gradient must not depend on it.
+
+    ``loss_gap`` and ``gradient_gap`` are relative to the first; without dropout. The slot's
+    gradient must be zero, and is again afterwards.
+    """
+    samples = _some(rows)
+    labelled = int(labelled_counts(rows)[samples].sum())
+    found = []
+    for parts in ([samples], [[sample] for sample in samples]):
+        units = [make_unit(slot, rows, part, weight=1 / labelled, learns=True) for part in parts]
+        loss = sum(each.weighted for unit in units for each in warm.run([unit]))
+        found.append((loss, slot.gradient.clone()))
+        slot.gradient.zero_()
+    (loss, gradient), (other_loss, other_gradient) = found
+    norm = float(torch.linalg.vector_norm(gradient))
+    apart = float(torch.linalg.vector_norm(gradient - other_gradient))
+    return {
+        "rows": len(samples),
+        "loss_gap": _finite(abs(loss - other_loss) / max(abs(loss), 1e-12)),
+        "gradient_gap": _finite(apart / max(norm, 1e-12)),
+    }
+
+
+def check_isolation(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
+    """The isolation canary: rows packed into one pass against each alone, with the adapter on.
+
+    ``max_logit_gap`` is the largest difference of any logit at a labelled place; 0 on a CPU.
+    """
+    samples = _some(rows)
+    units = [make_unit(slot, rows, [sample], weight=1.0, learns=False) for sample in samples]
+    together = warm.logits(units)
+    alone = [warm.logits([unit])[0] for unit in units]
+    gap = max(
+        float((one.double() - other.double()).abs().max())
+        for one, other in zip(together, alone, strict=True)
+    )
+    return {"rows": len(samples), "packed": warm.packed, "max_logit_gap": _finite(gap)}
+
+
+def _some(rows: TokenRows) -> list[int]:
+    """The first few rows with a label that are not too long together; one at least."""
+    labelled = np.flatnonzero(labelled_counts(rows))
+    chosen: list[int] = []
+    tokens = 0
+    for sample in labelled[: 16 * _ROWS]:
+        length = int(rows.lengths[sample])
+        if chosen and tokens + length > _TOKENS:
+            continue
+        chosen.append(int(sample))
+        tokens += length
+        if len(chosen) == _ROWS:
+            break
+    return chosen
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,144 @@
+"""A slot: everything of one job's adapter, in flat buffers with the matrices as views into them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from llamahome.config.training import LoraConfig
+from llamahome.training.engine.draws import Dropout, start_values
+
+_ALIGNMENT = 16  # elements; a matrix that begins at a cache line is multiplied the same everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One layer's adapter as views: ``a`` [r, in] and ``b`` [out, r] in the base's type, which
+    compute; their gradients in the master's type."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteShape:
+    """A linear layer that can carry an adapter: its path in the base, and its widths."""
+
+    name: str
+    columns: int  # in
+    rows: int  # out
+
+
+class Slot:
+    """One adapter: fp32 master weights, a copy in the base's type, gradients and AdamW's state.
+
+    Buffers are new and zeroed with each slot, so nothing of an earlier job can be in them.
+    """
+
+    def __init__(
+        self,
+        lora: LoraConfig,
+        sites: Iterable[SiteShape],
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        target_modules: Sequence[str] = (),
+    ) -> None:
+        """``dtype`` is the base's. Weights are LoRA's start values of ``seed``.
+
+        ``target_modules`` are the sites' names as PEFT's config has them.
+        """
+        self.target_modules = tuple(target_modules)
+        self.dropout = Dropout.of(lora.dropout)
+        self.rank = lora.r
+        self.scale = lora.alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+        self._views: dict[str, tuple[int, tuple[int, int]]] = {}
+        size = 0
+        self._sites = tuple(sorted(sites, key=lambda site: site.name))
+        for site in self._sites:
+            for half, shape in (("A", (lora.r, site.columns)), ("B", (site.rows, lora.r))):
+                self._views[f"{site.name}.lora_{half}"] = (size, shape)
+                size += math.ceil(math.prod(shape) / _ALIGNMENT) * _ALIGNMENT
+        master = torch.float64 if dtype is torch.float64 else torch.float32
+        self.weights = torch.nn.Parameter(torch.zeros(size, dtype=master, device=device))
+        self.gradient = torch.zeros(size, dtype=master, device=device)
+        self.weights.grad = self.gradient
+        self._compute = self.weights.data if dtype is master else self.weights.data.to(dtype)
+        self._kept: torch.Tensor | None = None
+        self.pairs: Mapping[str, Pair] = {site.name: self._pair(site.name) for site in self._sites}
+        for site in self._sites:
+            start = start_values(seed, site.name, lora.r, site.columns)
+            self._view(self.weights.data, f"{site.name}.lora_A").copy_(start)
+        self.refresh()
+
+    @classmethod
+    def without_layers(cls, device: torch.device, dtype: torch.dtype) -> Slot:
+        """A slot that adapts nothing: for looking at the base as it is."""
+        return cls(LoraConfig(), (), 0, device, dtype)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(math.prod(shape) for _, shape in self._views.values())
+
+    def _view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        first, shape = self._views[name]
+        return flat[first : first + math.prod(shape)].view(shape)
+
+    def _pair(self, site: str) -> Pair:
+        a, b = f"{site}.lora_A", f"{site}.lora_B"
+        return Pair(
+            self._view(self._compute, a), self._view(self._compute, b),
+            self._view(self.gradient, a), self._view(self.gradient, b),
+        )  # fmt: skip
+
+    def refresh(self) -> None:
+        """Bring the computing copy up to date with the master weights."""
+        if self._compute is not self.weights.data and self._compute.dtype != self.weights.dtype:
+            self._compute.copy_(self.weights.data)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights on the CPU, a copy, named and ordered as PEFT saves them."""
+        return self.named(self.weights.data)
+
+    def named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat buffer of this slot's layout as named matrices on the CPU, a copy."""
+        named = {
+            f"base_model.model.{name}.weight": self._view(flat, name)
+            .detach()
+            .to("cpu", copy=True)
+            .contiguous()
+            for name in self._views
+        }
+        return dict(sorted(named.items()))
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor], into: torch.Tensor | None = None) -> None:
+        """The inverse of :meth:`named`, into the weights or another flat buffer of this layout."""
+        flat = self.weights.data if into is None else into
+        for name in self._views:
+            self._view(flat, name).copy_(tensors[f"base_model.model.{name}.weight"])
+        if into is None:
+            self.refresh()
+
+    def moved(self) -> bool:
+        """True where every B, zero at the start, has learned something finite."""
+        weights = self.weights.data
+        ups = [self._view(weights, name) for name in self._views if name.endswith(".lora_B")]
+        return all(bool(up.any()) for up in ups) and bool(weights.isfinite().all())
+
+    def keep_gradient(self) -> None:
+        """Remember the gradient, so that a pass that breaks off half-way can be undone."""
+        if self._kept is None:
+            self._kept = torch.empty_like(self.gradient)
+        self._kept.copy_(self.gradient)
+
+    def undo_gradient(self) -> None:
+        """Back to what :meth:`keep_gradient` saw."""
+        assert self._kept is not None
+        self.gradient.copy_(self._kept)

@@ -1,0 +1,217 @@
+"""A frozen base that runs passes for the adapters of any number of jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from llamahome.config import TrainingConfig
+from llamahome.training.engine import attention
+from llamahome.training.engine.lora import Board, LoraLinear
+from llamahome.training.engine.losses import Head
+from llamahome.training.engine.passes import Pass, Segment, Unit, make_pass, row_block
+from llamahome.training.engine.recompute import Recomputation
+from llamahome.training.engine.slots import Slot
+from llamahome.training.model import LoadedBase, target_modules
+
+_PROBE_LENGTHS = (5, 17, 9)
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitLoss:
+    """A unit's summed cross-entropy in nats, and that sum times the unit's weight."""
+
+    summed: float
+    weighted: float
+
+
+class WarmBase:
+    """The base with the engine's layers in it; :meth:`close` takes them out again.
+
+    ``packed`` says whether sequences go through it side by side. Where they cannot (the base does
+    not take positions, or its attention is of another kind), ``why_not`` tells the reason, and each
+    sequence goes through alone, by the base's own attention: slower, and as right.
+    """
+
+    def __init__(self, loaded: LoadedBase, threads: int) -> None:
+        self.loaded = loaded
+        self.model: Any = loaded.model
+        self.block = row_block(loaded.device, threads)
+        self.board = Board(loaded.device)
+        head = self.model.get_output_embeddings()
+        self._sites: dict[str, LoraLinear] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head:
+                self._sites[name] = LoraLinear(name, module, self.board)
+                setattr(module, "forward", self._sites[name])  # noqa: B010  # it is no method
+        self.recomputation = Recomputation(self.model)
+        self._head = Head(head.weight, getattr(head, "bias", None))
+        self._own_attention: str = self.model.config._attn_implementation
+        self.why_not = self._try_packed()
+        self.packed = self.why_not is None
+
+    def close(self) -> None:
+        """Leave the base as it came."""
+        self.recomputation.close()
+        for site in self._sites.values():
+            del site.module.forward
+        if self.packed:
+            self.model.set_attn_implementation(self._own_attention)
+
+    def site(self, name: str) -> LoraLinear:
+        """The layer at a path of the base. Raises KeyError."""
+        return self._sites[name]
+
+    def slot_for(self, config: TrainingConfig) -> Slot:
+        """A fresh slot with the config's LoRA. Raises InvalidConfig for modules not in the base."""
+        names = target_modules(self.model, config.lora.target_modules)
+        shapes = [
+            site.shape
+            for name, site in self._sites.items()
+            if any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+        ]
+        return Slot(config.lora, shapes, config.seed, self.loaded.device, self.loaded.dtype, names)
+
+    @property
+    def transposed(self) -> bool:
+        """True where the base keeps its weights as [in, out], as GPT-2 does."""
+        return any(isinstance(site.module, Conv1D) for site in self._sites.values())
+
+    def run(self, units: Sequence[Unit]) -> list[UnitLoss]:
+        """One pass over units of which all learn, or none. Gradients are added to their slots'.
+
+        Raises torch.OutOfMemoryError; then the slots' gradients hold a part of the pass.
+        """
+        filled = [unit for unit in units if len(unit.targets)]
+        if not filled:
+            return [UnitLoss(0.0, 0.0) for _ in units]
+        whole = make_pass(filled, self.block, self.loaded.device)
+        with torch.set_grad_enabled(whole.learns):
+            losses = self._packed(whole) if self.packed else self._one_by_one(whole)
+        sums = _sums(whole, losses)
+        return [sums[id(unit)] if len(unit.targets) else UnitLoss(0.0, 0.0) for unit in units]
+
+    def logits(self, units: Sequence[Unit]) -> list[torch.Tensor]:
+        """The logits at each unit's labelled places, [N, vocabulary], without learning."""
+        whole = make_pass(units, self.block, self.loaded.device)
+        with torch.no_grad(), self.board.showing(whole.segments):
+            if not self.packed:
+                return [self._alone(whole, segment).cpu() for segment in whole.segments]
+            hidden = self._hidden(whole)[whole.places]
+            filled = functional.pad(hidden, (0, 0, 0, -len(hidden) % self.block))
+            logits = functional.linear(filled, self._head.weight, self._head.bias)
+            return [logits[s.first_label : s.last_label].cpu() for s in whole.segments]
+
+    def _packed(self, whole: Pass) -> torch.Tensor:
+        with self.board.showing(whole.segments):
+            hidden = self._hidden(whole).index_select(0, whole.places)
+            losses, gradient = self._head.losses(
+                hidden.detach(), whole.targets, whole.weights, self.block, learns=whole.learns
+            )
+            if gradient is not None and hidden.requires_grad:
+                hidden.backward(gradient)  # type: ignore[no-untyped-call]
+        return losses
+
+    def _hidden(self, whole: Pass) -> torch.Tensor:
+        """What comes before the head, [T, hidden]."""
+        output = self.model.get_decoder()(
+            input_ids=whole.ids[None], position_ids=whole.positions[None], use_cache=False,
+            sequence_lengths=whole.lengths,
+        )  # fmt: skip
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def _one_by_one(self, whole: Pass) -> torch.Tensor:
+        """Each segment's rows alone, by the base's own forward."""
+        losses = []
+        for row in _rows_of(whole):
+            with self.board.showing(row.segments):
+                logits = self._alone(row, row.segments[0])
+                wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
+                each = functional.cross_entropy(logits.to(wide), row.targets, reduction="none")
+                if whole.learns and each.requires_grad:
+                    (each * row.weights.to(wide)).sum().backward()  # type: ignore[no-untyped-call]
+            losses.append(each.detach())
+        return torch.cat(losses)
+
+    def _alone(self, whole: Pass, segment: Segment) -> torch.Tensor:
+        """Logits at the labelled places of a pass of one sequence."""
+        assert len(whole.lengths) == 1
+        ids = whole.ids[None, : segment.end]
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0, whole.places]
+
+    def _try_packed(self) -> str | None:
+        """Compare packed logits with the base's own on a few sequences. None, or why not."""
+        attention.register()
+        vocabulary = self.loaded.vocabulary
+        context = self.loaded.context or max(_PROBE_LENGTHS)
+        draw = np.random.default_rng(0)
+        rows = [
+            draw.integers(0, vocabulary, min(length, context)).astype(np.int32)
+            for length in _PROBE_LENGTHS
+        ]
+        probe = Slot.without_layers(self.loaded.device, self.loaded.dtype)
+        units = [
+            Unit(probe, (row,), np.arange(len(row)), np.zeros(len(row), np.int64), 1.0, False)
+            for row in rows
+        ]
+        with torch.no_grad():
+            own = [
+                self.model(
+                    input_ids=torch.from_numpy(row)[None].long().to(self.loaded.device),
+                    use_cache=False,
+                ).logits[0]
+                for row in rows
+            ]
+            try:
+                self.model.set_attn_implementation(attention.NAME)
+                self.packed = True
+                ours = self.logits(units)
+            except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+                self._back_to_own()
+                return f"{type(error).__name__}: {error}"
+        gap = max(float((a.cpu() - b).abs().max()) for a, b in zip(own, ours, strict=True))
+        scale = max(1.0, *(float(each.abs().max()) for each in own))
+        if not gap <= _CLOSE[self.loaded.dtype] * scale:
+            self._back_to_own()
+            return f"packed logits differ from the base's own by {gap:.3g}"
+        return None
+
+    def _back_to_own(self) -> None:
+        self.packed = False
+        self.model.set_attn_implementation(self._own_attention)
+
+
+def _rows_of(whole: Pass) -> list[Pass]:
+    """Each sequence as a pass of its own."""
+    passes = []
+    for segment in whole.segments:
+        unit = segment.unit
+        place = 0
+        for row in unit.rows:
+            mine = (unit.places >= place) & (unit.places < place + len(row))
+            alone = dataclasses.replace(
+                unit, rows=(row,), places=unit.places[mine] - place, targets=unit.targets[mine],
+                first=unit.first + place,
+            )  # fmt: skip
+            passes.append(make_pass([alone], 1, whole.ids.device))
+            place += len(row)
+    return passes
+
+
+def _sums(whole: Pass, losses: torch.Tensor) -> dict[int, UnitLoss]:
+    """Each unit's loss, in float64: over its own labels alone, whatever else is in the pass."""
+    found = {}
+    values = losses.double().cpu()
+    for segment in whole.segments:
+        summed = float(values[segment.first_label : segment.last_label].sum())
+        found[id(segment.unit)] = UnitLoss(summed, summed * segment.unit.weight)
+    return found
