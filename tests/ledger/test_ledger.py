@@ -233,6 +233,66 @@ def test_a_new_checkpoint_is_progress_and_resets_the_attempts(
     assert ledger.job(job_id).state is not JobState.failed
 
 
+def test_only_the_newest_checkpoints_and_the_best_stay_known(
+    ledger: Ledger, make_spec: Spec, claim: Take
+) -> None:
+    job_id = _training(ledger, make_spec())
+    held = claim(Stage.training, "dies", 0.5)
+    assert held is not None
+    dropped = []
+    for step in range(1, 7):
+        artifact = ArtifactRef(digest=f"{step}", path=f"jobs/{step}", bytes=1)
+        point = CheckpointRef(step=step, artifact=artifact, best=step in (1, 2))
+        dropped += [gone.step for gone in ledger.checkpoint(held, point, keep=2)]
+    assert dropped == [1, 3, 4]
+    assert [point.step for _, point in ledger.checkpoints(job_id)] == [2, 5, 6]
+    time.sleep(0.6)
+    again = claim(Stage.training)
+    assert again is not None
+    assert again.task.resume is not None
+    assert again.task.resume.step == 6
+    assert [point.step for point in again.task.earlier] == [5, 2]
+
+
+def test_a_run_joins_others_of_its_base_only_and_the_last_try_joins_nobody(
+    ledger: Ledger, make_spec: Spec
+) -> None:
+    def take(warm_base: str, beside: bool = True) -> Claim | None:
+        return ledger.claim(
+            Stage.training, "w", host="here", pid=1, lease_seconds=0.05, warm_base=warm_base,
+            beside=beside,
+        )  # fmt: skip
+
+    _training(ledger, make_spec())
+    assert take("other") is None
+    for number in (1, 2):
+        held = take("tiny")
+        assert held is not None, f"try {number}"
+        assert not held.alone
+        time.sleep(0.1)
+    assert take("tiny") is None
+    last = take("tiny", beside=False)
+    assert last is not None
+    assert last.alone
+
+
+def test_nobody_joins_while_another_base_has_waited_for_too_long(
+    ledger: Ledger, make_spec: Spec
+) -> None:
+    def take(affinity_seconds: float) -> Claim | None:
+        return ledger.claim(
+            Stage.training, "w", host="here", pid=1, lease_seconds=30, warm_base="tiny",
+            affinity_seconds=affinity_seconds, beside=True,
+        )  # fmt: skip
+
+    _training(ledger, make_spec(base="other"))
+    for _ in range(2):
+        _training(ledger, make_spec())
+    time.sleep(0.05)
+    assert take(60.0) is not None
+    assert take(0.01) is None
+
+
 def test_a_users_error_fails_the_job_at_once_and_cancels_the_rest(
     ledger: Ledger, make_spec: Spec, claim: Take
 ) -> None:

@@ -17,7 +17,7 @@ from llamahome.ledger import pipeline
 from llamahome.ledger.fairness import claim_order
 from llamahome.ledger.jobs import Jobs
 from llamahome.ledger.rows import output_view
-from llamahome.ledger.tables import attempt, job, run
+from llamahome.ledger.tables import attempt, checkpoint, job, run
 from llamahome.schemas import (
     AttemptOutcome,
     CheckpointRef,
@@ -33,12 +33,17 @@ from llamahome.schemas import (
 
 
 class Claim(NamedTuple):
-    """A run in somebody's hands: the task, and the lease it is held under."""
+    """A run in somebody's hands: the task, and the lease it is held under.
+
+    ``alone`` says that no other run may share the worker with it: it is the last try, and the
+    earlier ones, which had company, made no progress.
+    """
 
     task: StageTask
     tenant: str
     worker: str
     lease_seconds: float
+    alone: bool = False
 
     @property
     def run_id(self) -> str:
@@ -62,25 +67,30 @@ class Claims(Jobs):
         lease_seconds: float,
         warm_base: str | None = None,
         affinity_seconds: float = 60.0,
+        beside: bool = False,
     ) -> Claim | None:
         """Take the best ready run of a stage, or None when there is none.
 
         Runs whose lease has expired are taken back first. With ``warm_base`` a run of that base
         goes before the others, unless one of them has waited longer than ``affinity_seconds``.
+        ``beside`` says that the worker has runs of ``warm_base`` at work: only its like may join
+        them, none that must run alone, and none while another base has waited for so long.
         Raises Unavailable.
         """
 
         def work(connection: Connection) -> Claim | None:
             self._expire(connection, stage)
             picked = self._pick(connection, stage, warm_base, affinity_seconds)
-            if picked is None:
+            if picked is None or (beside and not _may_join(picked, warm_base)):
                 return None
             taken = self._take(connection, picked, worker, lease_seconds)
             if taken is None:
                 return None
             self._insert_attempt(connection, taken, picked.ready_at, worker, host, pid)
             self._note_start(connection, taken)
-            return Claim(self._task(connection, taken), taken.tenant, worker, lease_seconds)
+            task = self._task(connection, taken)
+            alone = taken.max_attempts > 1 and taken.attempts >= taken.max_attempts
+            return Claim(task, taken.tenant, worker, lease_seconds, alone)
 
         return self._write(work)
 
@@ -93,7 +103,14 @@ class Claims(Jobs):
             warm = sa.or_(run.c.base == warm_base, waited > affinity_seconds)
             order = (order[0], sa.case((warm, 0), else_=1), *order[1:])
         query: sa.Select[Any] = (
-            sa.select(run.c.id, run.c.ready_at, run.c.fence)
+            sa.select(
+                run.c.id,
+                run.c.ready_at,
+                run.c.fence,
+                run.c.base,
+                run.c.attempts,
+                run.c.max_attempts,
+            )
             .where(run.c.stage == stage, run.c.state == RunState.ready)
             .where(sa.or_(run.c.not_before.is_(None), run.c.not_before <= self.now))
             .order_by(*order)
@@ -174,7 +191,17 @@ class Claims(Jobs):
             plan=taken.plan,
             inputs=tuple(inputs),
             resume=CheckpointRef.model_validate(taken.checkpoint) if taken.checkpoint else None,
+            earlier=self._earlier(connection, taken),
         )
+
+    def _earlier(self, connection: Connection, taken: Row[Any]) -> tuple[CheckpointRef, ...]:
+        """The run's checkpoints before the one it resumes from, newest first."""
+        kept = connection.execute(
+            sa.select(checkpoint.c.ref)
+            .where(checkpoint.c.run_id == taken.id)
+            .order_by(checkpoint.c.created_at.desc(), checkpoint.c.step.desc())
+        ).scalars()
+        return tuple(CheckpointRef.model_validate(ref) for ref in kept if ref != taken.checkpoint)
 
     def _expire(self, connection: Connection, stage: Stage | None = None) -> list[str]:
         """Take back runs whose lease has run out; park those that have no attempt left.
@@ -234,6 +261,10 @@ class Claims(Jobs):
 
     def _held(self, connection: Connection, claim: Claim) -> Row[Any] | None:
         return connection.execute(sa.select(run).where(*mine(claim))).one_or_none()
+
+
+def _may_join(picked: Row[Any], base: str | None) -> bool:
+    return bool(picked.base == base and picked.attempts < max(1, picked.max_attempts - 1))
 
 
 def mine(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:

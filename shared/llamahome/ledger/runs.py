@@ -67,13 +67,17 @@ class Runs(Claims):
 
         return self._write(work)
 
-    def checkpoint(self, claim: Claim, point: CheckpointRef) -> None:
+    def checkpoint(
+        self, claim: Claim, point: CheckpointRef, *, keep: int | None = None
+    ) -> list[CheckpointRef]:
         """Move the resume pointer. That is progress: attempts count from zero again.
 
-        Raises Fenced when another attempt holds the run.
+        With ``keep`` only so many of the run's newest checkpoints stay known, and its best one.
+        Returns those that were dropped; their files are the caller's to delete. Raises Fenced when
+        another attempt holds the run.
         """
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> list[CheckpointRef]:
             body = point.model_dump(mode="json")
             values = {"checkpoint": body, "attempts": 0, "progress_at": self.now}
             if not self._update_held(connection, claim, values):
@@ -84,8 +88,28 @@ class Runs(Claims):
                     job_id=claim.task.job_id, ref=body, created_at=self.now,
                 )
             )  # fmt: skip
+            return [] if keep is None else self._drop_checkpoints(connection, claim, keep)
 
-        self._write(work)
+        return self._write(work)
+
+    def _drop_checkpoints(
+        self, connection: Connection, claim: Claim, keep: int
+    ) -> list[CheckpointRef]:
+        rows = connection.execute(
+            sa.select(checkpoint)
+            .where(checkpoint.c.run_id == claim.run_id)
+            .order_by(checkpoint.c.created_at.desc(), checkpoint.c.step.desc())
+        ).all()
+        best = next((row for row in rows if row.ref["best"]), None)
+        dropped = [row for row in rows[keep:] if row is not best]
+        for row in dropped:
+            connection.execute(
+                sa.delete(checkpoint).where(
+                    checkpoint.c.run_id == row.run_id, checkpoint.c.fence == row.fence,
+                    checkpoint.c.step == row.step,
+                )
+            )  # fmt: skip
+        return [CheckpointRef.model_validate(row.ref) for row in dropped]
 
     def complete(
         self,

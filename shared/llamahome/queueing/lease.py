@@ -59,6 +59,12 @@ class LeaseKeeper:
                 self._reason = StopReason.fenced
             return self._reason
 
+    def stop(self, reason: StopReason) -> None:
+        """Have the attempt stop for a reason of this process's own; one already known stands."""
+        with self._condition:
+            if self._reason is None:
+                self._reason = reason
+
     def progress(self, value: JsonObject) -> None:
         with self._condition:
             self._progress = value

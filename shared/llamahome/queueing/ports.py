@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import structlog
+
+from llamahome.errors import Unavailable
 from llamahome.ledger import Claim, Ledger
 from llamahome.queueing.lease import LeaseKeeper
 from llamahome.schemas import (
+    ADOPTED_KINDS,
     ArtifactRef,
     CheckpointRef,
     FileRef,
@@ -16,6 +20,8 @@ from llamahome.schemas import (
     StopReason,
 )
 from llamahome.storage import Storage, layout
+
+_LOG = structlog.get_logger(__name__)
 
 
 class FleetPorts:
@@ -49,7 +55,8 @@ class FleetPorts:
         return self._storage.fetch(artifact, self._scratch / "inputs" / artifact.digest)
 
     def publish(self, folder: Path, kind: str) -> ArtifactRef:
-        return self._storage.publish(folder, self._path(folder, kind), kind=kind)
+        adopt = kind in ADOPTED_KINDS
+        return self._storage.publish(folder, self._path(folder, kind), kind=kind, adopt=adopt)
 
     def _path(self, folder: Path, kind: str) -> str:
         """Attempts that may differ write under their own fence; equal ones under their key."""
@@ -62,7 +69,14 @@ class FleetPorts:
         return layout.artifact_path(self._key)
 
     def checkpoint(self, point: CheckpointRef) -> None:
-        self._ledger.checkpoint(self._claim, point)
+        """Move the resume pointer, then delete what the job's ``save_total_limit`` leaves over."""
+        keep = int(self._claim.task.spec.config["checkpointing"]["save_total_limit"])
+        for dropped in self._ledger.checkpoint(self._claim, point, keep=keep):
+            try:
+                self._storage.delete(dropped.artifact.path)
+            except (Unavailable, OSError) as error:
+                # The training must not end for want of a deletion; nothing names the files now.
+                _LOG.warning("checkpoint not deleted", path=dropped.artifact.path, error=str(error))
 
     def progress(self, done: int, total: int | None, data: Mapping[str, Any] | None = None) -> None:
         self._lease.progress({"done": done, "total": total, "data": dict(data or {})})

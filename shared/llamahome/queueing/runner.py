@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -68,24 +69,31 @@ class StageRunner:
         """
         until = time.monotonic() + self._settings.claim_seconds
         attempts = 0
-        while (claim := self._claim()) is not None:
-            self._attempt(claim)
+        while (claim := self.claim()) is not None:
+            self.attempt(claim)
             attempts += 1
             if time.monotonic() >= until:
                 self._bell.ring(self._stage)
                 break
         return attempts
 
-    def _claim(self) -> Claim | None:
+    def claim(self, *, warm_base: str | None = None, beside: bool = False) -> Claim | None:
+        """See :meth:`Ledger.claim`."""
         return self._ledger.claim(
             self._stage,
             self._worker,
             host=self._settings.host,
             pid=os.getpid(),
             lease_seconds=self._settings.lease_seconds,
+            warm_base=warm_base,
+            beside=beside,
         )
 
-    def _attempt(self, claim: Claim) -> None:
+    def attempt(self, claim: Claim, on_lease: Callable[[LeaseKeeper], None] | None = None) -> None:
+        """Run it to its end, whatever that is; ``on_lease`` is handed the lease first.
+
+        Raises SystemExit and KeyboardInterrupt, after handing the run back.
+        """
         task = claim.task
         with structlog.contextvars.bound_contextvars(
             job=task.job_id,
@@ -98,6 +106,8 @@ class StageRunner:
             scratch = self._make_scratch()
             try:
                 with LeaseKeeper(self._ledger, claim) as lease:
+                    if on_lease is not None:
+                        on_lease(lease)
                     self._guarded(claim, lease, scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)

@@ -27,8 +27,6 @@ from llamahome.schemas import Doorbell, Stage, StageFunction, StageKey
 if TYPE_CHECKING:
     from celery import Celery
 
-    from llamahome.queueing.runner import StageRunner
-
 TASKS_PER_CHILD = 100
 SOFT_SHUTDOWN_SECONDS = 5.0
 _LOG = structlog.get_logger(__name__)
@@ -38,7 +36,7 @@ class _Child:
     """What a pool child holds from its start to its end."""
 
     def __init__(self) -> None:
-        self.runner: StageRunner | None = None
+        self.work: Callable[[], int] | None = None
         self.close: Callable[[], None] | None = None
         self.set_state: Callable[[str], None] | None = None
 
@@ -50,11 +48,13 @@ def serve(
     settings: Settings,
     *,
     concurrency: int = 1,
+    slots: int = 1,
     on_exit: Callable[[], None] | None = None,
 ) -> int:
     """Run the stage's worker in the foreground until SIGTERM or SIGINT; returns the exit code.
 
-    ``on_exit`` is called in the pool child when it ends. Raises Unavailable when the ledger does
+    Each of ``concurrency`` pool children works on ``slots`` runs at once. ``on_exit`` is called in
+    the pool child when it ends. Raises Unavailable when the ledger does
     not answer at the start, InvalidState when its schema is of another version.
     """
     configure_logging(settings, role=str(stage))
@@ -70,7 +70,7 @@ def serve(
     child = _Child()
     _register_ring(app, stage, child)
     with _main_metrics(stage, settings) as server:
-        start = partial(_start_child, stage, function, key, settings, child, server.port)
+        start = partial(_start_child, stage, function, key, settings, child, server.port, slots)
         _connect_signals(start, child, on_exit)
         # The training child owns the warm engine, so it is never recycled.
         recycle = [] if training else [f"--max-tasks-per-child={TASKS_PER_CHILD}"]
@@ -117,11 +117,11 @@ def _register_ring(app: Celery, stage: Stage, child: _Child) -> None:
     @app.task(name=ring_task(stage), shared=False, ignore_result=True)  # type: ignore[untyped-decorator]
     def ring(v: int = 1, queue: str = "") -> None:
         Doorbell.model_validate({"v": v, "queue": queue})
-        assert child.runner is not None, "the pool child was not started"
+        assert child.work is not None, "the pool child was not started"
         assert child.set_state is not None
         child.set_state("busy")
         try:
-            child.runner.work()
+            child.work()
         except Unavailable as error:
             # Losing this doorbell is harmless: the sweeper rings again once the ledger answers.
             _LOG.warning("cannot claim", error=str(error))
@@ -157,10 +157,12 @@ def _start_child(
     settings: Settings,
     child: _Child,
     main_metrics_port: int,
+    slots: int,
 ) -> None:
     """Connections are opened after the fork: none survives one."""
     from contextlib import ExitStack
 
+    from llamahome.queueing.crowd import Crowd
     from llamahome.queueing.doorbell import CeleryBell
     from llamahome.queueing.runner import StageRunner
     from llamahome.storage import open_storage
@@ -170,10 +172,10 @@ def _start_child(
     stack.callback(ledger.close)
     info = {"main_pid": os.getppid(), "main_metrics_port": main_metrics_port}
     presence = stack.enter_context(
-        Presence(ledger, role=str(stage), settings=settings, slots=1, info=info)
+        Presence(ledger, role=str(stage), settings=settings, slots=slots, info=info)
     )
     bell = CeleryBell(settings)
-    child.runner = StageRunner(
+    runner = StageRunner(
         stage,
         function,
         key,
@@ -183,6 +185,7 @@ def _start_child(
         settings=settings,
         worker=presence.id,
     )
+    child.work = Crowd(runner, slots, settings).work if slots > 1 else runner.work
     child.set_state = presence.state
     child.close = stack.close
     # A doorbell rung while nobody was there may be gone; a worker that begins looks for itself.
