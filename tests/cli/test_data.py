@@ -98,3 +98,30 @@ def test_the_formats_that_may_be_named_are_those_there_are() -> None:
     for name in FORMATS:
         layer = {"validation": {"format": name}}
         assert resolve_training_config(layers=[("x", layer)]).validation.format == name
+
+
+def test_raw_text_is_validated_and_shown(llamahome: RunCommand, tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "tales.jsonl"
+    file.write_text('{"text": "Once upon a time"}\n{"text": ""}\n{"text": "The end", "n": 1}\n')
+    checked = llamahome("validate", file, "--json").json
+    assert (checked["valid"], checked["invalid"]) == (2, {"empty_content": 1})
+    assert checked["files"][0]["format"] == "text"
+    assert llamahome("validate", file, "--format", "text").code == 0
+    assert llamahome("validate", file, "--format", "alpaca").code == 1
+    first = llamahome("inspect", file, "--base", base)
+    assert "[Once upon a time</s>]" in first.out.replace("][", "")
+    objects = [
+        json.loads(line)
+        for line in llamahome("inspect", file, "--base", base, "--all", "--json").out.splitlines()
+    ]
+    assert [bool(o["dropped"]) for o in objects] == [False, True, False]
+    assert all(all(o["trained"]) for o in objects)
+
+
+def test_inspect_shows_markers_as_a_job_would_have_them(
+    llamahome: RunCommand, rows: Path, base: Path
+) -> None:
+    shown = llamahome("inspect", rows, "--base", base, "--set", "template=markers")
+    text = "<s><|user|>hi<|enduser|><|assistant|>[hello<|endassistant|></s>]"
+    assert text in shown.out.replace("][", "")
+    assert llamahome("validate", rows, "--set", "template=markers").code == 0

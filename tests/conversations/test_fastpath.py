@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from llamahome.conversations import Conversation
-from llamahome.conversations.bytelevel import ALPHABET, ByteLevelCore, NotByteLevel
+from llamahome.conversations.bytelevel import ALPHABET, ByteLevelCore, NotByteLevel, grouped
 from llamahome.conversations.chat import ChatBase
 from llamahome.conversations.fastpath import FastChat
 from llamahome.conversations.masks import Dropped
@@ -83,8 +83,6 @@ def test_both_regex_engines_split_beside_every_character_alike(pattern: str | No
 
 
 def split_tokenizer(pattern: str | None) -> Tokenizer:
-    from tokenizers import Regex
-
     tokenizer = byte_level()
     if pattern is not None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -221,14 +219,68 @@ def test_a_template_that_reads_texts_in_another_way_takes_the_slow_path(
     assert why in (unproven(base, FastChat(base), loss_scope="all") or "")
 
 
+@pytest.mark.parametrize("template", ["chatml", "chatml_generation", "llama3_generation", "llama2"])
+def test_rows_at_once_are_the_rows_alone(make_base: MakeBase, template: str) -> None:
+    base = ChatBase.load(make_base(template))
+    fast = FastChat(base)
+    rows = [
+        *difficult_rows(base.control.tokens),
+        talk("A", "B\0"),
+        talk("", "x"),
+        talk("e\u0301", "y"),
+    ]
+    together = fast.tokenise_all(rows, loss_scope="assistant")
+    assert None in together
+    for row, found in zip(rows, together, strict=True):
+        alone = fast.tokenise(row, loss_scope="assistant")
+        assert (found is None) == (alone is None)
+        if found is not None and alone is not None:
+            assert found.ids.tolist() == alone.ids.tolist()
+            assert found.trained.tolist() == alone.trained.tolist()
+            assert difference(base, row, found, loss_scope="assistant") is None
+
+
+def test_rows_whose_bytes_the_tokens_do_not_cover_are_left_to_the_slow_path() -> None:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"[^z]+"), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    base = with_template(CHATML, tokenizer)
+    fast = FastChat(base)
+    rows = [talk("Ask", "Say"), talk("Lazy", "Say"), talk("Again", "Told")]
+    found = fast.tokenise_all(rows, loss_scope="assistant")
+    assert [row is None for row in found] == [False, True, False]
+    for row, one in zip(rows, found, strict=True):
+        assert difference(base, row, one, loss_scope="assistant") is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same"),
+    [
+        (r"a|[|(]b|(?:c|d)+|\|e|\s+(?!\S)|\s+", r"(?:a|[|(]b|(?:c|d)+|\|e)|\s+(?!\S)|\s+"),
+        (r"a|b|c", r"a|b|c"),
+        (r"a|b(?=c)|d", r"a|b(?=c)|d"),
+        (r"a|\p{L}++|c", r"a|\p{L}++|c"),
+        (r"(?i)a|b|c(?!d)", r"(?i)a|b|c(?!d)"),
+        (r"[]|]|b|c(?!d)", r"[]|]|b|c(?!d)"),
+        (r"(?i:a|b)|[[:alpha:]|]|c(?!d)", r"(?:(?i:a|b)|[[:alpha:]|])|c(?!d)"),
+    ],
+)
+def test_the_plain_alternatives_of_a_pattern_run_as_one(pattern: str, same: str) -> None:
+    assert grouped(pattern) == same
+
+
 def test_a_wrong_fast_path_is_found_out_before_it_is_used(
     make_base: MakeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ChatBase.load(make_base("chatml"))
     fast = FastChat(base)
     assert unproven(base, fast, loss_scope="assistant") is None
-    whole = fast.encode
-    monkeypatch.setattr(fast, "encode", lambda text: whole(text.replace("\u00a0", " ")))
+    whole = fast._core.encode_stretches
+    monkeypatch.setattr(
+        fast._core, "encode_stretches", lambda text: whole(text.replace("\u00a0", "Á"))
+    )
     assert unproven(base, fast, loss_scope="assistant") is not None
 
 

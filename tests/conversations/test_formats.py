@@ -238,9 +238,8 @@ def test_a_bad_prompt_or_completion_says_why(change: dict[str, Any], code: str) 
     assert refusal(row, "prompt_completion")[0] == code
 
 
-def test_raw_text_is_known_and_refused_with_what_to_write_instead() -> None:
-    found = read({"text": "Once upon a time"}, "text")
-    assert isinstance(found, Rejected)
-    assert found.code == "unsupported_format"
-    assert "prompt and completion" in found.reason
+def test_raw_text_stays_as_it_is_and_is_never_mixed_with_turns() -> None:
+    assert converted({"text": "Once upon a time"}, "text") == {"text": "Once upon a time"}
+    assert refusal({"text": "Once"}, "messages") == ("mixed_format", None)
+    assert refusal(ROWS["alpaca"], "text") == ("mixed_format", None)
     assert "text" in FORMATS

@@ -30,7 +30,7 @@ def test_counts_are_exact(rows: int, share: float, wanted: int) -> None:
     assert validation_groups(rows, share) == wanted
     split = split_rows(digests(rows), seed=42, share=share, keep_duplicates=True)
     assert len(split.validation) == wanted
-    assert sorted(split.training + split.validation) == list(range(rows))
+    assert sorted([*split.training, *split.validation]) == list(range(rows))
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
@@ -51,7 +51,7 @@ def test_equal_rows_stay_on_one_side_and_are_counted_once() -> None:
     assert len(split.validation) == 6
     assert not {rows[i] for i in split.validation} & {rows[i] for i in split.training}
     dropped = split_rows(rows, seed=42, share=0.2, keep_duplicates=False)
-    assert dropped.duplicates == tuple(range(10, 30))
+    assert dropped.duplicates.tolist() == list(range(10, 30))
     assert len(dropped.validation) == 2
     assert {rows[i] for i in dropped.validation} == {rows[i] for i in split.validation}
 

@@ -35,6 +35,7 @@ def test_rows_are_read_back_as_they_were_written(tmp_path: Path, lengths: list[i
     assert found.total_tokens == sum(lengths)
     assert found.total_trained == sum(int(row.trained.sum()) for row in rows)
     assert found.lengths.tolist() == lengths
+    assert found.trained_counts().tolist() == [int(row.trained.sum()) for row in rows]
     for index, row in enumerate(rows):
         ids, trained = found.row(index)
         assert ids.dtype == np.int32
@@ -118,6 +119,26 @@ def test_a_header_that_disagrees_with_the_data_is_refused(
     assert old in whole
     path.write_bytes(whole.replace(old, new, 1))
     with pytest.raises(CorruptArtifact):
+        read_token_rows(path)
+
+
+def test_rows_can_be_read_again_after_their_memory_was_given_back(tmp_path: Path) -> None:
+    rows = rows_of([5, 6])
+    write_token_rows(tmp_path / "t", rows)
+    found = read_token_rows(tmp_path / "t")
+    first = found.row(1)[0]
+    found.let_go()
+    assert first.tolist() == rows[1].ids.tolist()
+    assert found.row(1)[1].tolist() == rows[1].trained.tolist()
+    assert found.trained.tolist() == [flag for row in rows for flag in row.trained.tolist()]
+
+
+def test_bits_beyond_the_last_token_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    write_token_rows(path, rows_of([3, 4]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] | 0x80]))
+    with pytest.raises(CorruptArtifact, match="beyond the last token"):
         read_token_rows(path)
 
 

@@ -137,3 +137,13 @@ def test_the_bundled_sample_is_prepared_whole(storage: Storage, base: Path, tmp_
     assert report["rows_in"] == rows
     assert report["stop_token_trained_share"] == 1.0
     assert report["dropped"] == {}
+
+
+def test_a_job_of_raw_text_runs_to_its_adapter(
+    storage: Storage, base: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"Tale {n}"}).encode() for n in range(10)]
+    spec = job_spec([upload_rows(storage, lines)], base=base, shard_bytes=60)
+    outputs = run_job(spec, storage, tmp_path / "scratch", stages=STAGES)
+    adapter = outputs[Stage.training, Step.train, 0]
+    assert json.loads(read_artifact(storage, adapter, "count.json", tmp_path))["rows"] == 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,15 @@ class WrongFor(FastChat):
 
     wrong = "What is 1"
 
-    def tokenise(self, conversation: Conversation, *, loss_scope: str) -> FastRow | None:
-        found = super().tokenise(conversation, loss_scope=loss_scope)
-        if found and conversation.messages[0]["content"].startswith(self.wrong):
-            found.ids[0] += 1
-        return found
+    def tokenise_all(
+        self, conversations: Sequence[Conversation], *, loss_scope: str
+    ) -> list[FastRow | None]:
+        rows = super().tokenise_all(conversations, loss_scope=loss_scope)
+        for conversation, found in zip(conversations, rows, strict=True):
+            first = conversation.messages[0]["content"] if conversation.messages else ""
+            if found and first.startswith(self.wrong):
+                found.ids[0] += 1
+        return rows
 
 
 def test_one_wrong_row_takes_the_fast_path_from_every_shard(

@@ -268,8 +268,6 @@ def test_a_base_that_cannot_be_used_says_why(storage: Storage, base: Path, tmp_p
     (small / "config.json").write_text('{"vocab_size": 20}')
     with pytest.raises(InvalidConfig, match=r"the model has 20 embeddings"):
         prepare(job_spec([file], base=small), storage, tmp_path)
-    with pytest.raises(InvalidConfig, match="markers"):
-        prepare(job_spec([file], base=base, template="markers"), storage, tmp_path)
 
 
 def test_a_job_keeps_the_date_of_its_plan(storage: Storage, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -141,6 +143,32 @@ def test_a_full_disk_is_unavailable_and_leaves_nothing_half_made(
     assert done.stdout == "storage_full Free space there and try again\n" * 2, done.stderr
     assert everything_below(storage.root) == ["artifacts", "uploads"]
     storage.publish(folder, "artifacts/x", kind="rows")
+
+
+def test_an_adopted_folder_is_the_same_artifact_without_a_copy(
+    storage: LocalStorage, folder: Path
+) -> None:
+    copied = storage.publish(folder, "artifacts/x", kind="rows")
+    adopted = storage.publish(folder, "artifacts/y", kind="rows", adopt=True)
+    assert adopted.digest == copied.digest
+    kept = storage.root / "artifacts" / "y" / "a"
+    assert kept.samefile(folder / "a")
+    assert kept.stat().st_mode & 0o777 == 0o444
+    shutil.rmtree(folder)
+    assert (storage.fetch(adopted, folder) / "a").read_bytes() == b"a" * 1000
+
+
+def test_a_folder_that_cannot_be_linked_is_copied(
+    storage: LocalStorage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    ref = storage.publish(folder, "artifacts/x", kind="rows", adopt=True)
+    kept = storage.fetch(ref, folder) / "a"
+    assert kept.read_bytes() == b"a" * 1000
+    assert not kept.samefile(folder / "a")
 
 
 def test_two_attempts_that_publish_at_once_agree(storage: LocalStorage, folder: Path) -> None:

@@ -126,3 +126,16 @@ def test_the_public_files_are_accounted_for_row_by_row() -> None:
     assert report.valid == report.total == 1390
     assert report.invalid == {}
     assert {counts.container for counts in report.files} == {"json"}
+
+
+def test_raw_text_is_a_format_of_its_own_and_equal_texts_are_duplicates(tmp_path: Path) -> None:
+    one = write(
+        tmp_path / "one.jsonl", b'{"text": "Once"}', b'{"n": 1, "text": "\\u004fnce"}',
+        b'{"text": "Once", "weight": 0}', b'{"text": null}', row(1), b'{"text": "half \\ud800"}',
+    )  # fmt: skip
+    held = write(tmp_path / "held.jsonl", b'{"text": "Once"}', b'{"text": "Twice"}')
+    report = validate_files([one], validation_files=[held])
+    assert [(file.format, file.valid) for file in report.files] == [("text", 3), ("text", 2)]
+    assert report.invalid == {"lone_surrogate": 1, "missing_column": 1, "mixed_format": 1}
+    # Once untrained is another row, as with the weights of answers.
+    assert (report.duplicates, report.leaked) == (1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +43,8 @@ def run_job(
     job_id: str = "local",
     fence: int = 1,
     resume: CheckpointRef | None = None,
+    earlier: Sequence[CheckpointRef] = (),
+    done: Sequence[RunOutput] = (),
     on_event: Callable[[Stage, NewEvent], None] | None = None,
     on_progress: Callable[[Stage, int, int | None, Mapping[str, Any]], None] | None = None,
     on_checkpoint: Callable[[CheckpointRef], None] | None = None,
@@ -52,14 +54,18 @@ def run_job(
 
     Artifacts of a keyed run lie under their key, so that equal work gives one artifact; the others
     under (``job_id``, ``fence``), which a second try must therefore raise. ``scratch`` holds one
-    attempt's files at a time and is emptied after each. Raises what the stages raise; whatever was
-    published before stays.
+    attempt's files at a time and is emptied after each. ``done`` are all outputs of stages that an
+    earlier try finished; ``earlier`` are the checkpoints before ``resume``, newest first.
+    Raises what the stages raise; whatever was published before stays.
     """
-    outputs: dict[RunPlace, RunOutput] = {}
+    outputs: dict[RunPlace, RunOutput] = {(out.stage, out.step, out.shard): out for out in done}
+    finished = {out.stage for out in done}
     planned: tuple[JsonObject, ...] = ()
     for stage, step in _ORDER:
         if stage not in stages:
             break
+        if stage in finished:
+            continue
         function, key = stages[stage]
         plans = _plans(spec, stage, planned) if step is Step.shard else ({},)
         planned = ()
@@ -68,6 +74,7 @@ def run_job(
                 job_id=job_id, run_id=f"{stage}-{step}-{shard}", fence=fence, stage=stage,
                 step=step, shard=shard, spec=spec, plan=plan, inputs=tuple(outputs.values()),
                 resume=resume if stage is Stage.training else None,
+                earlier=tuple(earlier) if stage is Stage.training else (),
             )  # fmt: skip
             ports = LocalPorts(
                 storage, scratch / task.run_id, _prefix(task, key),

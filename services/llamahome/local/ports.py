@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamahome.errors import CorruptArtifact
-from llamahome.schemas import ArtifactRef, CheckpointRef, FileRef, NewEvent, StopReason
+from llamahome.schemas import (
+    ADOPTED_KINDS,
+    ArtifactRef,
+    CheckpointRef,
+    FileRef,
+    NewEvent,
+    StopReason,
+)
 from llamahome.storage import Storage
 
 OnProgress = Callable[[int, int | None, Mapping[str, Any]], None]
@@ -63,7 +70,8 @@ class LocalPorts:
     def publish(self, folder: Path, kind: str) -> ArtifactRef:
         """Checkpoints keep their folder's name, for there are many of them."""
         name = folder.name if kind == "checkpoint" else kind
-        return self._storage.publish(folder, f"{self._prefix}/{name}", kind=kind)
+        path, adopt = f"{self._prefix}/{name}", kind in ADOPTED_KINDS
+        return self._storage.publish(folder, path, kind=kind, adopt=adopt)
 
     def checkpoint(self, point: CheckpointRef) -> None:
         self.checkpoints.append(point)

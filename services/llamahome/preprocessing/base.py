@@ -12,6 +12,7 @@ from pathlib import Path
 from llamahome.conversations.bytelevel import NotByteLevel
 from llamahome.conversations.chat import ChatBase
 from llamahome.conversations.fastpath import FastChat
+from llamahome.conversations.markers import MarkerIds
 from llamahome.conversations.proof import unproven
 from llamahome.conversations.shaped import ShapedChat
 from llamahome.conversations.tokenizer import tokenizer_files
@@ -23,7 +24,10 @@ _MODEL_CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """``vocabulary`` is the model's number of embeddings, None where its config does not say."""
+    """``vocabulary`` is the model's number of embeddings, None where its config does not say.
+
+    ``markers`` are the marker tokens' ids where the job's template is ``markers``.
+    """
 
     chat: ChatBase
     files: tuple[Path, ...]
@@ -37,6 +41,10 @@ class LoadedBase:
         return _fast(self.chat, loss_scope)
 
     @property
+    def markers(self) -> MarkerIds | None:
+        return self.chat.tokenizer.markers
+
+    @property
     def tokenizer_digest(self) -> str:
         return self.chat.tokenizer_digest
 
@@ -47,15 +55,11 @@ class LoadedBase:
 
 def load_base(task: StageTask) -> LoadedBase:
     """The job's base, with the date of its plan. Raises NotFound, InvalidConfig."""
-    if task.spec.config["template"] == "markers":
-        raise InvalidConfig(
-            "the markers template is not built yet", field="template",
-            remedy="Leave template at auto, which uses the base's own",
-        )  # fmt: skip
     folder = Path(task.spec.base.path)
     # A file that was replaced has another time or size, and is read again.
     state = tuple((path, *_identity(path)) for path in tokenizer_files(folder))
-    return _load(folder, state, task.plan.get("today"))
+    markers = task.spec.config["template"] == "markers"
+    return _load(folder, state, task.plan.get("today"), markers)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -64,14 +68,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(folder: Path, state: tuple[tuple[Path, int, int], ...], today: str | None) -> LoadedBase:
+def _load(
+    folder: Path, state: tuple[tuple[Path, int, int], ...], today: str | None, markers: bool
+) -> LoadedBase:
     day = datetime.datetime.fromisoformat(today) if today else None
     files = tuple(path for path, _, _ in state)
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return LoadedBase(
-        chat=ChatBase.load(folder, today=day),
+        chat=ChatBase.load(folder, today=day, markers=markers),
         files=files,
         files_digest=digest.hexdigest(),
         vocabulary=_vocabulary(folder / _MODEL_CONFIG),

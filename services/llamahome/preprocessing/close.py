@@ -2,8 +2,9 @@
 
 The artifact: ``training.safetensors``, ``validation.safetensors``, ``packs.safetensors`` (with
 ``packing``: which training rows share a pack, conversations.packing), ``dropped.jsonl``,
-``preparation.json`` (schemas.PreparationReport) and ``tokenizer/``. It is the same however many
-shards there were: rows are ordered by content (conversations.split).
+``preparation.json`` (schemas.PreparationReport) and ``tokenizer/`` (with ``template: markers``, the
+one with the markers). It is the same however many shards there were: rows are ordered by content
+(conversations.split).
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamahome.conversations import Split, dump, split_rows
 from llamahome.conversations.packing import plan_packs, write_packs
-from llamahome.conversations.tokenizer import TEMPLATE_FILE
+from llamahome.conversations.tokenizer import (
+    CONFIG_JSON,
+    TEMPLATE_FILE,
+    TOKENIZER_JSON,
+    marked_files,
+)
 from llamahome.conversations.tokens import TokenRowsWriter
 from llamahome.errors import Stopped
 from llamahome.preprocessing.base import LoadedBase, load_base
 from llamahome.preprocessing.report import nothing_left, preparation_report, tell
 from llamahome.preprocessing.shard import DROPPED_NAME
-from llamahome.preprocessing.shards import Rows, Shard, proven_shards
+from llamahome.preprocessing.shards import Digests, Rows, Shard, proven_shards
 from llamahome.schemas import JobSpec, Ports, StageResult, StageTask
 
 TRAINING_NAME = "training.safetensors"
@@ -31,6 +38,8 @@ PACKS_NAME = "packs.safetensors"
 REPORT_NAME = "preparation.json"
 TOKENIZER_FOLDER = "tokenizer"
 _BOUNDARY_ROWS = 1024
+# Rows are read from all over the shards, and each brings some 64 KiB around it into memory.
+_BATCH_ROWS = 64
 
 
 def close(task: StageTask, ports: Ports) -> StageResult:
@@ -38,17 +47,17 @@ def close(task: StageTask, ports: Ports) -> StageResult:
     base, config = load_base(task), task.spec.config
     shards = proven_shards(task, ports)
     rows = Rows(shards)
-    split = _split(rows, task.spec)
+    split = _split(rows, Digests(shards), task.spec)
     folder = ports.scratch / "prepared"
     folder.mkdir()
     _write_dropped(folder / DROPPED_NAME, shards)
-    if not split.training:
-        raise nothing_left(preparation_report(rows, split, shards, task.spec, None), shards)
+    if not len(split.training):
+        raise nothing_left(preparation_report(rows, split, shards, task.spec, None, base), shards)
     packs = None
     if config["packing"]:
-        packs = plan_packs(rows.lengths[list(split.training)], capacity=config["max_length"])
+        packs = plan_packs(rows.lengths[split.training], capacity=config["max_length"])
         write_packs(folder / PACKS_NAME, packs)
-    report = preparation_report(rows, split, shards, task.spec, packs)
+    report = preparation_report(rows, split, shards, task.spec, packs, base)
     _write_side(folder / TRAINING_NAME, rows, split.training, task, ports)
     _write_side(folder / VALIDATION_NAME, rows, split.validation, task, ports)
     (folder / REPORT_NAME).write_bytes(dump(report.model_dump(mode="json")) + b"\n")
@@ -62,39 +71,35 @@ def close(task: StageTask, ports: Ports) -> StageResult:
     return StageResult(artifact=ports.publish(folder, "prepared"), summary=summary)
 
 
-def _split(rows: Rows, spec: JobSpec) -> Split:
+def _split(rows: Rows, digests: Digests, spec: JobSpec) -> Split:
     """Given validation files are the validation side; else part of the training files is."""
     seed, keep = spec.config["seed"], spec.config["duplicates"] == "keep"
     if not spec.validation_files:
         share = spec.config["validation_split"]
-        return split_rows(rows.digests, seed=seed, share=share, keep_duplicates=keep)
+        return split_rows(digests, seed=seed, share=share, keep_duplicates=keep)
     sides = []
     for side in (False, True):
-        numbers = np.flatnonzero(rows.validation == side).tolist()
-        digests = [rows.digests[number] for number in numbers]
-        part = split_rows(digests, seed=seed, share=0, keep_duplicates=keep)
-        sides.append(
-            (
-                tuple(numbers[index] for index in part.training),
-                tuple(numbers[index] for index in part.duplicates),
-            )
-        )
+        numbers = np.flatnonzero(rows.validation == side)
+        of_side = [digests[int(number)] for number in numbers]
+        part = split_rows(of_side, seed=seed, share=0, keep_duplicates=keep)
+        sides.append((numbers[part.training], numbers[part.duplicates]))
     (training, doubled), (validation, doubled_too) = sides
-    return Split(training, validation, doubled + doubled_too)
+    return Split(training, validation, np.concatenate([doubled, doubled_too]))
 
 
 def _write_side(
-    path: Path, rows: Rows, numbers: Sequence[int], task: StageTask, ports: Ports
+    path: Path, rows: Rows, numbers: NDArray[np.int64], task: StageTask, ports: Ports
 ) -> None:
     metadata = {"weight_scope": task.spec.config["loss_scope"]}
     with TokenRowsWriter(path, metadata=metadata) as writer:
-        for done, number in enumerate(numbers):
+        for done in range(0, len(numbers), _BATCH_ROWS):
             if done % _BOUNDARY_ROWS == 0:
                 ports.progress(done, len(numbers), {"file": path.name})
                 if reason := ports.should_stop():
                     raise Stopped(f"asked to stop: {reason}", code=reason)
-            tokens, index = rows.place(number)
-            writer.add(tokens.token_row(index))
+            for row in rows.token_rows(numbers[done : done + _BATCH_ROWS]):
+                writer.add(row)
+            rows.let_go()
 
 
 def _write_dropped(path: Path, shards: Sequence[Shard]) -> None:
@@ -108,6 +113,11 @@ def _copy_tokenizer(base: LoadedBase, folder: Path) -> None:
     folder.mkdir()
     for path in base.files:
         shutil.copyfile(path, folder / path.name)
-    if not base.chat.has_template:
+    if base.markers is not None:
+        document, config, _ = marked_files(base.files[0].parent)
+        (folder / TOKENIZER_JSON).write_bytes(dump(document))
+        (folder / CONFIG_JSON).write_bytes(dump(config))
+        (folder / TEMPLATE_FILE).unlink(missing_ok=True)
+    elif not base.chat.has_template:
         # The adapter must be served with the template it was trained with.
         (folder / TEMPLATE_FILE).write_text(base.chat.template_source, encoding="utf-8")

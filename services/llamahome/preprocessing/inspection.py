@@ -54,14 +54,14 @@ def inspect_rows(
     lines: Collection[int] | None = None,
     limit: int | None = None,
 ) -> Iterator[InspectedRow]:
-    """The file's rows in order, through the base's own template, cut and dropped as in a job.
+    """The file's rows in order, through the job's template, cut and dropped as in a job.
 
     Instead of a file: (line, conversation or why not) pairs. ``config`` has a job's keys
-    (``loss_scope``, ``max_length``, ``too_long``, ``validation``). ``lines`` are the ones wanted,
-    ``limit`` how many at most; None: all. Raises NotFound and InvalidConfig (the base, the file),
-    InvalidData (the file; a long row where ``too_long`` is "error").
+    (``loss_scope``, ``max_length``, ``template``, ``too_long``, ``validation``). ``lines`` are the
+    ones wanted, ``limit`` how many at most; None: all. Raises NotFound and InvalidConfig (the base,
+    the file), InvalidData (the file; a long row where ``too_long`` is "error").
     """
-    chat = ChatBase.load(base_dir)
+    chat = ChatBase.load(base_dir, markers=config.get("template") == "markers")
     if isinstance(path_or_conversations, Path):
         name, found = path_or_conversations.name, _read(path_or_conversations, config)
     else:

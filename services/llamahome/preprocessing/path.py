@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from llamahome.conversations import Conversation
 from llamahome.conversations.chat import ChatBase, Tokenised
 from llamahome.conversations.fastpath import FastChat, FastRow
+from llamahome.conversations.masks import Dropped
 from llamahome.conversations.proof import FIRST_ROWS, difference, sampled
 from llamahome.conversations.shaped import ShapedChat
 
@@ -36,16 +39,27 @@ class RowPath:
         way = TEMPLATE if fast is None else SHAPES
         self.name = FAST if isinstance(fast, FastChat) else f"{way} ({reason})"
 
-    def tokenise(self, row: Conversation, digest: bytes) -> tuple[Tokenised | FastRow, bool]:
-        """The row, and whether it went the slow way. Raises Dropped, and Unproven."""
+    def tokenise_all(
+        self, rows: Sequence[Conversation], digests: Sequence[bytes]
+    ) -> Iterator[tuple[Tokenised | FastRow | Dropped, bool]]:
+        """The rows, or why one is dropped; and whether it went the slow way. Raises Unproven."""
+        quick: Sequence[Tokenised | FastRow | None] = [None] * len(rows)
         if self._fast is not None:
-            found = self._fast.tokenise(row, loss_scope=self._scope)
-            if found is not None:
-                self._taken += 1
-                if self._taken <= FIRST_ROWS or sampled(digest):
-                    self._compare(row, found)
-                return found, False
-        return self._slow.tokenise(row, loss_scope=self._scope), True
+            quick = self._fast.tokenise_all(rows, loss_scope=self._scope)
+        for row, digest, found in zip(rows, digests, quick, strict=True):
+            if found is None:
+                yield self._slowly(row), True
+                continue
+            self._taken += 1
+            if self._taken <= FIRST_ROWS or sampled(digest):
+                self._compare(row, found)
+            yield found, False
+
+    def _slowly(self, row: Conversation) -> Tokenised | Dropped:
+        try:
+            return self._slow.tokenise(row, loss_scope=self._scope)
+        except Dropped as dropped:
+            return dropped
 
     def _compare(self, row: Conversation, found: FastRow | Tokenised) -> None:
         if why := difference(self._slow, row, found, loss_scope=self._scope):

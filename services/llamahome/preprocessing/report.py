@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from llamahome.conversations import Split
 from llamahome.conversations.packing import Packs
 from llamahome.errors import InvalidData
+from llamahome.preprocessing.base import LoadedBase
 from llamahome.preprocessing.path import FAST
 from llamahome.preprocessing.shard import DROPPED_NAME, Facts
 from llamahome.preprocessing.shards import Rows, Shard
 from llamahome.schemas import (
     JobSpec,
+    MarkerTokens,
     PackingCounts,
     Ports,
     PreparationReport,
@@ -28,10 +30,15 @@ _EXAMPLES = 5
 
 
 def preparation_report(
-    rows: Rows, split: Split, shards: Sequence[Shard], spec: JobSpec, packs: Packs | None
+    rows: Rows,
+    split: Split,
+    shards: Sequence[Shard],
+    spec: JobSpec,
+    packs: Packs | None,
+    base: LoadedBase,
 ) -> PreparationReport:
     """Raises ValueError where the rows do not add up (our mistake, never the data's)."""
-    kept = np.array(split.training + split.validation, dtype=np.int64)
+    kept = np.concatenate([split.training, split.validation])
     facts = Facts(*rows.facts[kept].T)
     dropped: Counter[str] = Counter()
     for shard in shards:
@@ -51,7 +58,23 @@ def preparation_report(
         masks_agreed=int(np.sum(facts.agreed)),
         truncated_examples=_truncated(rows, kept, spec),
         packing=_packing(packs),
+        markers=_markers(base),
     )
+
+
+def _markers(base: LoadedBase) -> MarkerTokens | None:
+    markers = base.markers
+    if markers is None:
+        return None
+    new = ", ".join(markers.added)
+    return MarkerTokens(
+        ids=markers.ids, added_tokens=markers.added, base_vocabulary=markers.base_vocabulary,
+        base_embeddings=base.vocabulary,
+        not_servable_by_vllm=(
+            f"the adapter brings embeddings of its own for {new}, and vLLM loads adapters that "
+            "leave the embeddings as they are; load it with PEFT, or merge it into the base"
+        ) if new else None,
+    )  # fmt: skip
 
 
 def _truncated(rows: Rows, kept: NDArray[np.int64], spec: JobSpec) -> tuple[TruncatedRow, ...]:
@@ -59,14 +82,12 @@ def _truncated(rows: Rows, kept: NDArray[np.int64], spec: JobSpec) -> tuple[Trun
     cut = rows.facts[:, Facts._fields.index("tokens_cut")]
     found = []
     for number in np.sort(kept[cut[kept] > 0])[:_EXAMPLES].tolist():
-        shard, index = rows.place(number)
+        file, line = rows.source(number)
         files = spec.validation_files if rows.validation[number] else spec.training_files
         length = int(rows.lengths[number])
         found.append(
             TruncatedRow(
-                file=files[int(shard.source_file[index])].filename,
-                line=int(shard.source_line[index]),
-                tokens=length + int(cut[number]), kept=length,
+                file=files[file].filename, line=line, tokens=length + int(cut[number]), kept=length,
             )
         )  # fmt: skip
     return tuple(found)
@@ -78,14 +99,12 @@ def _packing(packs: Packs | None) -> PackingCounts | None:
     return PackingCounts(packs=len(packs), capacity=packs.capacity, fill=packs.fill)
 
 
-def _counts(rows: Rows, numbers: Sequence[int]) -> SplitCounts:
-    tokens = trained = longest = 0
-    for number in numbers:
-        shard, index = rows.place(number)
-        ids, mask = shard.row(index)
-        tokens, trained = tokens + len(ids), trained + int(np.count_nonzero(mask))
-        longest = max(longest, len(ids))
-    return SplitCounts(rows=len(numbers), tokens=tokens, trained_tokens=trained, longest=longest)
+def _counts(rows: Rows, numbers: NDArray[np.int64]) -> SplitCounts:
+    lengths = rows.lengths[numbers]
+    return SplitCounts(
+        rows=len(numbers), tokens=int(lengths.sum()),
+        trained_tokens=int(rows.trained[numbers].sum()), longest=int(lengths.max(initial=0)),
+    )  # fmt: skip
 
 
 def nothing_left(report: PreparationReport, shards: Sequence[Shard]) -> InvalidData:
@@ -127,5 +146,10 @@ def tell(report: PreparationReport, spec: JobSpec, ports: Ports) -> None:
     share = report.stop_token_trained_share
     if share is not None and share < 1:
         ports.event(f"The stop token is trained in {share:.1%} of the rows", level="warn")
+    if report.markers is not None and (why := report.markers.not_servable_by_vllm):
+        ports.event(
+            f"With template: markers the result cannot be served by vLLM: {why}", level="warn",
+            data={"markers": report.markers.model_dump(mode="json")},
+        )  # fmt: skip
     if report.validation.rows == 0:
         ports.event("No validation rows: no evaluation, no early stopping", level="warn")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,8 @@ HASHES_NAME = "hashes.bin"
 FACTS_NAME = "facts.npy"
 DROPPED_NAME = "dropped.jsonl"
 COUNTS_NAME = "counts.json"
-_BOUNDARY_ROWS = 64
+_BATCH_ROWS = 64
+_BATCH_BYTES = 1024 * 1024
 
 
 class Facts(NamedTuple):
@@ -109,10 +110,11 @@ def _write(task: StageTask, ports: Ports, folder: Path, path: RowPath) -> JsonOb
     shard = _Shard(task, path, source.summary["index"])
     metadata = {"weight_scope": task.spec.config["loss_scope"]}
     with TokenRowsWriter(folder / TOKENS_NAME, metadata=metadata) as writer:
-        for done, row in enumerate(_rows(rows_path, task.plan["first_line"])):
-            if done % _BOUNDARY_ROWS == 0:
-                _boundary(ports, done, rows_in)
-            shard.add(row, writer)
+        done = 0
+        for batch in _batches(rows_path, task.plan["first_line"]):
+            _boundary(ports, done, rows_in)
+            shard.add(batch, writer)
+            done += len(batch)
     shard.write(folder)
     ports.progress(rows_in, rows_in)
     summary: JsonObject = {
@@ -135,12 +137,21 @@ def _source(task: StageTask, source: RunOutput) -> JsonObject:
     return {"digest": source.artifact.digest, "index": source.summary["index"], "plan": plan}
 
 
-def _rows(path: Path, first_line: int) -> Iterator[Row]:
+def _batches(path: Path, first_line: int) -> Iterator[list[Row]]:
+    """The rows in lists of at most 64 rows or about 1 MiB: large enough to be worked on at once."""
     decode = msgspec.json.Decoder().decode
+    batch: list[Row] = []
+    size = 0
     with path.open("rb") as rows:
         for raw in rows:
             body = decode(raw)
-            yield Row(body["file"], body["line"] + first_line, Conversation.from_json(body))
+            batch.append(Row(body["file"], body["line"] + first_line, Conversation.from_json(body)))
+            size += len(raw)
+            if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _boundary(ports: Ports, done: int, total: int) -> None:
@@ -159,7 +170,9 @@ class _Shard:
         self._base_name = task.spec.base.name
         self._path = path
         self._source_file = source_file
-        self._vocabulary = load_base(task).vocabulary
+        base = load_base(task)
+        self._vocabulary = base.vocabulary
+        self._markers = list(base.markers.added.values()) if base.markers else None
         # Where the fast way cannot give an id too large, its rows are not looked through for one.
         largest = path.largest_id
         self._check_all = self._vocabulary is not None and (
@@ -170,14 +183,21 @@ class _Shard:
         self._rejected: list[Rejected] = []
         self.dropped: Counter[str] = Counter()
 
-    def add(self, row: Row, writer: TokenRowsWriter) -> None:
-        try:
-            self._keep(row, writer)
-        except Dropped as dropped:
-            self.dropped[dropped.code] += 1
-            self._rejected.append(
-                Rejected(file=row.file, line=row.line, code=dropped.code, reason=dropped.reason)
-            )
+    def add(self, rows: Sequence[Row], writer: TokenRowsWriter) -> None:
+        """Work on rows and write what is kept of them. Raises Unproven, InvalidData."""
+        conversations = [row.conversation for row in rows]
+        digests = [conversation.digest() for conversation in conversations]
+        done = self._path.tokenise_all(conversations, digests)
+        for row, digest, (found, slow) in zip(rows, digests, done, strict=True):
+            try:
+                if isinstance(found, Dropped):
+                    raise found
+                self._keep(row, digest, found, slow, writer)
+            except Dropped as dropped:
+                self.dropped[dropped.code] += 1
+                self._rejected.append(
+                    Rejected(file=row.file, line=row.line, code=dropped.code, reason=dropped.reason)
+                )
 
     def write(self, folder: Path) -> None:
         (folder / HASHES_NAME).write_bytes(b"".join(self._digests))
@@ -187,9 +207,14 @@ class _Shard:
         lines = b"".join(dump(row.model_dump(mode="json")) + b"\n" for row in self._rejected)
         (folder / DROPPED_NAME).write_bytes(lines)
 
-    def _keep(self, row: Row, writer: TokenRowsWriter) -> None:
-        digest = row.conversation.digest()
-        found, slow = self._path.tokenise(row.conversation, digest)
+    def _keep(
+        self,
+        row: Row,
+        digest: bytes,
+        found: Tokenised | FastRow,
+        slow: bool,
+        writer: TokenRowsWriter,
+    ) -> None:
         if slow or self._check_all:
             self._check_ids(found)
         try:
@@ -205,7 +230,11 @@ class _Shard:
         self._digests.append(digest)
 
     def _check_ids(self, found: Tokenised | FastRow) -> None:
-        largest = int(found.ids.max(initial=0))
+        ids = found.ids
+        if self._markers is not None:
+            # The model gets embeddings for these.
+            ids = ids[~np.isin(ids, self._markers)]
+        largest = int(ids.max(initial=0))
         if self._vocabulary is not None and largest >= self._vocabulary:
             raise InvalidConfig(
                 f"its tokenizer gives id {largest}, the model has {self._vocabulary} embeddings",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamahome.conversations.tokens import TokenRows, read_token_rows
+from llamahome.conversations.tokens import TokenRow, read_token_rows
 from llamahome.preprocessing.path import TEMPLATE
 from llamahome.preprocessing.shard import (
     FACTS_NAME,
@@ -35,33 +36,77 @@ class Shard:
     path: str
 
 
+class Digests(Sequence[bytes]):
+    """The rows' canonical digests [n], in 32 bytes of memory each."""
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        self._raw = b"".join([(shard.folder / HASHES_NAME).read_bytes() for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self._raw) // _DIGEST_BYTES
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        return self._raw[places * _DIGEST_BYTES : (places + 1) * _DIGEST_BYTES]
+
+
 class Rows:
-    """``digests`` [n]; ``validation`` bool [n]: from a validation file; ``facts`` int64 [n, 5],
-    the columns of ``shard.Facts``; ``lengths`` int64 [n] in tokens.
+    """``validation`` bool [n]: from a validation file; ``facts`` int32 [n, 5], the columns of
+    ``shard.Facts``; ``lengths`` and ``trained`` int64 [n] in tokens.
+
+    What is held in memory is 60 bytes a row; tokens stay in their files.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        self._tokens: list[TokenRows] = []
-        self.digests: list[bytes] = []
-        facts: list[NDArray[np.int64]] = [np.zeros((0, len(Facts._fields)), np.int64)]
-        given: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-        for shard in shards:
-            tokens = read_token_rows(shard.folder / TOKENS_NAME)
-            raw = (shard.folder / HASHES_NAME).read_bytes()
-            self._tokens.append(tokens)
-            self.digests += [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
-            facts.append(np.load(shard.folder / FACTS_NAME, allow_pickle=False))
-            given.append(np.full(len(tokens), shard.split == "validation"))
-        self.facts = np.concatenate(facts)
-        self.validation = np.concatenate(given)
-        counts = [len(tokens) for tokens in self._tokens]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *(t.lengths for t in self._tokens)])
+        self._tokens = [read_token_rows(shard.folder / TOKENS_NAME) for shard in shards]
+        self.facts: NDArray[np.int32] = np.concatenate(
+            [np.zeros((0, len(Facts._fields)), np.int32), *map(_facts, shards)]
+        )
+        self.validation = np.repeat(
+            [shard.split == "validation" for shard in shards], [*map(len, self._tokens)]
+        ).astype(np.bool_)
+        none = np.zeros(0, np.int64)
+        self.lengths = np.concatenate([none, *(t.lengths for t in self._tokens)])
+        self.trained = np.concatenate([none, *(t.trained_counts() for t in self._tokens)])
+        # Copies: what is asked for with every row must not go when the tokens are let go.
+        self._begins = np.concatenate([none, *(t.offsets[:-1] for t in self._tokens)])
+        self._lines = np.concatenate([none, *(t.source_line for t in self._tokens)])
+        self._files = np.concatenate(
+            [none[:0].astype(np.int32), *(t.source_file for t in self._tokens)]
+        )
+        self._starts = np.cumsum([0, *map(len, self._tokens)], dtype=np.int64)
+        self.let_go()
 
-    def place(self, number: int) -> tuple[TokenRows, int]:
-        """The shard that holds row ``number``, and the row's index there."""
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._tokens[shard], number - int(self._starts[shard])
+    def token_rows(self, numbers: NDArray[np.int64]) -> Iterator[TokenRow]:
+        """The rows of these ``numbers``, in their order."""
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        begins, lengths = self._begins[numbers], self.lengths[numbers]
+        columns = (shards, begins, begins + lengths, self._files[numbers], self._lines[numbers])
+        for shard, begin, end, file, line in zip(*(c.tolist() for c in columns), strict=True):
+            ids, trained = self._tokens[shard].span(begin, end)
+            yield TokenRow(ids, trained, file, line)
+
+    def source(self, number: int) -> tuple[int, int]:
+        """The index of row ``number``'s file on its side, and its line."""
+        return int(self._files[number]), int(self._lines[number])
+
+    def let_go(self) -> None:
+        """Give back the memory of the tokens read so far."""
+        for tokens in self._tokens:
+            tokens.let_go()
+
+
+def _facts(shard: Shard) -> NDArray[np.int32]:
+    found: NDArray[np.int32] = np.load(shard.folder / FACTS_NAME, allow_pickle=False).astype(
+        np.int32
+    )
+    return found
 
 
 def proven_shards(task: StageTask, ports: Ports) -> list[Shard]:

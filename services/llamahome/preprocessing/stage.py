@@ -6,6 +6,7 @@ import tiktoken
 import tokenizers
 
 from llamahome.conversations import json_digest
+from llamahome.conversations.formats import TEXT
 from llamahome.errors import OperatorError
 from llamahome.preprocessing.base import load_base
 from llamahome.preprocessing.close import close
@@ -13,7 +14,7 @@ from llamahome.preprocessing.shard import rows_of_plan, tokenise_shard
 from llamahome.schemas import JsonObject, Ports, Stage, StageResult, StageTask, Step
 
 # Raise it with every change of what a given input gives: it is part of every key.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def run(task: StageTask, ports: Ports) -> StageResult:
@@ -45,7 +46,7 @@ def _base_facts(task: StageTask) -> JsonObject:
         "template": base.template_digest,
         "vocabulary": base.vocabulary,
         "loss_scope": task.spec.config["loss_scope"],
-    }
+    } | ({} if base.markers is None else {"markers": base.markers.added})
 
 
 def _shard_facts(task: StageTask) -> JsonObject:
@@ -53,16 +54,22 @@ def _shard_facts(task: StageTask) -> JsonObject:
     assert source.artifact is not None, "a validation shard always has an artifact"
     config = task.spec.config
     base = load_base(task)
-    return _base_facts(task) | {
-        "rows": source.artifact.digest,
-        "file": source.summary["index"],
-        "piece": task.plan.get("piece"),
-        "first_line": task.plan["first_line"],
-        "split": task.plan["split"],
-        "today": task.plan.get("today") if base.chat.uses_clock else None,
-        "max_length": config["max_length"],
-        "too_long": config["too_long"],
-    }
+    raw_text = source.summary.get("format") == TEXT
+    around = {"around": base.chat.tokenizer.around} if raw_text else {}
+    return (
+        _base_facts(task)
+        | around
+        | {
+            "rows": source.artifact.digest,
+            "file": source.summary["index"],
+            "piece": task.plan.get("piece"),
+            "first_line": task.plan["first_line"],
+            "split": task.plan["split"],
+            "today": task.plan.get("today") if base.chat.uses_clock else None,
+            "max_length": config["max_length"],
+            "too_long": config["too_long"],
+        }
+    )
 
 
 def _close_facts(task: StageTask) -> JsonObject:

@@ -34,8 +34,9 @@ def data_digest(spec: JobSpec) -> str:
 def code_digest() -> str:
     """sha256 over this room's own sources."""
     state = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    room = Path(__file__).parent
+    for path in sorted(room.rglob("*.py")):
         content = path.read_bytes()
-        state.update(f"{path.name} {len(content)}\n".encode())
+        state.update(f"{path.relative_to(room)} {len(content)}\n".encode())
         state.update(content)
     return state.hexdigest()

@@ -86,12 +86,16 @@ def find_duplicates(shards: Sequence[CheckedShard], spec: JobSpec) -> Duplicates
 
 def compare(training: Rows, validation: Rows) -> Duplicates:
     """Duplicates on each side, and leakage from training into validation."""
-    sides = (training, validation)
-    return Duplicates(
-        rows=sum(len(side.digests) - len(np.unique(side.digests)) for side in sides),
-        leaked=int(np.isin(validation.digests, training.digests).sum()),
-        groups=tuple([group for side in sides for group in _examples(side)][:EXAMPLES]),
-    )
+    rows = 0
+    groups: list[tuple[JsonObject, ...]] = []
+    for side in (training, validation):
+        runs = _Runs.of(side.digests)
+        rows += len(side.digests) - len(runs.starts)
+        groups += _examples(side, runs)
+    leaked = 0
+    if len(validation.digests):
+        leaked = int(np.isin(validation.digests, training.digests).sum())
+    return Duplicates(rows, leaked, tuple(groups[:EXAMPLES]))
 
 
 def _parts(shards: Sequence[CheckedShard], split: str) -> Iterator[tuple[int, bytes, bytes, int]]:
@@ -102,18 +106,32 @@ def _parts(shards: Sequence[CheckedShard], split: str) -> Iterator[tuple[int, by
             yield shard.index, digests, lines, shard.first_line
 
 
-def _examples(side: Rows) -> list[tuple[JsonObject, ...]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Runs:
+    """Rows by their digests: ``order`` int64 [n], equal ones beside each other in source order, and
+    where the runs of equal ones start in it.
+    """
+
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, digests: NDArray[np.bytes_]) -> _Runs:
+        order = np.argsort(digests, kind="stable")
+        ordered = digests[order]
+        changes = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+        return cls(order, np.concatenate([np.zeros(min(1, len(order)), np.int64), changes]))
+
+
+def _examples(side: Rows, runs: _Runs) -> list[tuple[JsonObject, ...]]:
     """The first groups of equal rows, ordered by the place of their first row."""
-    order = np.argsort(side.digests, kind="stable")
-    ordered = side.digests[order]
-    borders = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-    starts = np.concatenate([[0], borders]).astype(np.int64)
-    ends = np.concatenate([borders, [len(ordered)]]).astype(np.int64)
-    repeated = [(order[a], a, b) for a, b in zip(starts, ends, strict=True) if b - a > 1]
+    ends = np.append(runs.starts[1:], len(runs.order))
+    repeated = np.flatnonzero(ends - runs.starts > 1)
+    firsts = runs.order[runs.starts[repeated]]
     return [
         tuple(
             {"file": side.names[side.files[row]], "line": int(side.lines[row])}
-            for row in order[a : min(b, a + EXAMPLES)]
+            for row in runs.order[runs.starts[run] : min(ends[run], runs.starts[run] + EXAMPLES)]
         )
-        for _, a, b in sorted(repeated)[:EXAMPLES]
+        for run in repeated[np.argsort(firsts)][:EXAMPLES]
     ]

@@ -1,9 +1,10 @@
 """One byte range of one file -> canonical rows, rejected rows, counts. Streams; memory is bounded.
 
-The artifact: ``rows.jsonl`` ({"file", "line", "messages", "tools"?} a line), ``rejected.jsonl``
-(schemas.Rejected and "raw"), ``counts.json`` (schemas.FileCounts), ``hashes.bin`` (sha256 of each
-canonical row, 32 bytes) and ``lines.bin`` (int64 little-endian, the line of each row). Lines are
-counted from the shard's own start: what lies before it, it has not read.
+The artifact: ``rows.jsonl`` ({"file", "line", "messages", "tools"?} a line; of raw text {"file",
+"line", "text", "weight"?}), ``rejected.jsonl`` (schemas.Rejected and "raw"), ``counts.json``
+(schemas.FileCounts), ``hashes.bin`` (sha256 of each canonical row, 32 bytes) and ``lines.bin``
+(int64 little-endian, the line of each row). Lines are counted from the shard's own start: what lies
+before it, it has not read.
 
 A file that cannot be cut (compressed, a JSON array, Parquet) is read whole by the shard that starts
 at 0, and its rows are cut instead: ``rows.jsonl``, ``rows-1.jsonl``, ... of about ``shard_bytes``
@@ -33,6 +34,7 @@ from llamahome.conversations import (
     shown_raw,
 )
 from llamahome.conversations.checker import Checked, RowChecker
+from llamahome.conversations.formats import TEXT
 from llamahome.errors import Stopped
 from llamahome.schemas import (
     FileCounts,
@@ -86,6 +88,8 @@ def check_shard(task: StageTask, ports: Ports) -> StageResult:
         "start": task.plan["start"],
         "lines": lines,
     }
+    if source.format == TEXT:
+        summary["format"] = TEXT
     if len(writer.pieces) > 1:
         summary["pieces"] = writer.pieces
     return StageResult(artifact=ports.publish(folder, "rows"), summary=summary)

@@ -10,7 +10,9 @@ reaches are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,13 @@ from llamahome.schemas import JsonObject
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _BATCH = 8192
+# Parts stretches that are encoded in one call, as an added token does.
+SEAM = "\0"
+_SEAMS = frozenset({SEAM})
+# What the engine cannot hand to its automaton: look-around, atomic groups, references.
+_BACKTRACKS = re.compile(r"\(\?[=!<>]|[*+?}]\+|\\[1-9GKk]")
+# What :func:`_alternatives` does not read: flags to the end of the pattern, "]" as a class's first.
+_UNREAD = re.compile(r"\(\?[a-zA-Z-]+\)|\[\^?\]|\\Q")
 
 
 class NotByteLevel(Exception):
@@ -43,8 +52,10 @@ ALPHABET = _alphabet()
 class ByteLevelCore:
     """Text without added tokens to ranks: int numbers that index ``ids`` and ``lengths``.
 
-    ``ids`` int32 [ranks] are the tokenizer's ids, ``lengths`` the bytes of each token, ``spelled``
-    the bytes themselves. ``composed`` says that text must be in Unicode's normal form C.
+    ``ids`` int32 [ranks] are the tokenizer's ids, ``lengths`` int64 [ranks] the bytes of each
+    token, ``spelled`` the bytes themselves. The last rank, ``seam``, is no token: it stands for
+    ``SEAM`` in :meth:`encode_stretches`. ``composed`` says that text must be in Unicode's normal
+    form C.
     """
 
     def __init__(self, document: JsonObject, tokenizer: Tokenizer) -> None:
@@ -53,25 +64,57 @@ class ByteLevelCore:
         pattern = _pattern(document.get("pre_tokenizer"))
         model = document["model"]
         _check_model(model)
-        ranks = _ranks(model, tokenizer, {token["content"] for token in document["added_tokens"]})
+        added = {token["content"] for token in document["added_tokens"]}
+        names = _names(model, tokenizer, added)
+        ranks = {_spelled(name): rank for rank, name in enumerate(names)}
+        self.seam = len(ranks)
         try:
             self._encoding = tiktoken.Encoding(
-                "base", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-            )
+                "base", pat_str=grouped(pattern), mergeable_ranks=ranks,
+                special_tokens={SEAM: self.seam},
+            )  # fmt: skip
         except Exception as error:  # the library raises what its regex crate says
             raise NotByteLevel(f"its pattern cannot be used: {error}") from None
-        vocab = model["vocab"]
-        chars = {byte: char for char, byte in ALPHABET.items()}
-        self.spelled = list(ranks)
-        self.lengths = [len(token) for token in ranks]
-        self.ids: NDArray[np.int32] = np.array(
-            [vocab["".join(map(chars.__getitem__, token))] for token in ranks], dtype=np.int32
-        )
+        self.spelled = [*ranks, SEAM.encode()]
+        self.lengths: NDArray[np.int64] = np.array([*map(len, self.spelled)], dtype=np.int64)
+        ids = [*map(model["vocab"].__getitem__, names), -1]
+        self.ids: NDArray[np.int32] = np.array(ids, dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
         """Ranks of a stretch without added tokens."""
-        # A list: tiktoken's way to an array looks for special tokens first, and is slower.
         return self._encoding.encode_ordinary(text)
+
+    def encode_stretches(self, text: str) -> NDArray[np.uint32]:
+        """Ranks of stretches parted by ``SEAM``, each as if it stood alone, with the seams."""
+        return self._encoding.encode_to_numpy(text, allowed_special=_SEAMS, disallowed_special=())  # type: ignore[no-any-return, arg-type, unused-ignore]
+
+
+def grouped(pattern: str) -> str:
+    """The same pattern, which matches the same, with the alternatives before the first one that
+    looks around in one group: they then run as one automaton rather than one by one.
+    """
+    if _UNREAD.search(pattern):
+        return pattern
+    all = list(_alternatives(pattern))
+    plain = list(itertools.takewhile(lambda one: not _BACKTRACKS.search(one), all))
+    if len(plain) < 2 or len(plain) == len(all):
+        return pattern
+    return "|".join([f"(?:{'|'.join(plain)})", *all[len(plain) :]])
+
+
+def _alternatives(pattern: str) -> Iterator[str]:
+    """The pattern cut at the bars that stand in no group and no class."""
+    start = groups = classes = 0
+    for match in re.finditer(r"\\.|[][()|]", pattern, re.DOTALL):
+        char = match[0]
+        if char == "[" or (char == "]" and classes):
+            classes += 1 if char == "[" else -1
+        elif not classes and char in "()":
+            groups += 1 if char == "(" else -1
+        elif char == "|" and not classes and not groups:
+            yield pattern[start : match.start()]
+            start = match.end()
+    yield pattern[start:]
 
 
 def _needs_composed(normalizer: Any) -> bool:
@@ -116,10 +159,8 @@ def _check_model(model: Mapping[str, Any]) -> None:
             raise NotByteLevel(f"its model has {name}")
 
 
-def _ranks(
-    model: Mapping[str, Any], tokenizer: Tokenizer, added: set[str]
-) -> dict[bytes, int]:  # fmt: skip
-    """Rank by bytes, in the order of ranks: the 256 bytes, then the merges."""
+def _names(model: Mapping[str, Any], tokenizer: Tokenizer, added: set[str]) -> list[str]:
+    """The tokens as the vocabulary has them, by rank: the 256 bytes, then the merges."""
     vocab: dict[str, int] = model["vocab"]
     missing = [char for char in ALPHABET if char not in vocab]
     if missing:
@@ -137,12 +178,15 @@ def _ranks(
         lost |= vocab.keys() - merged.keys() - ALPHABET.keys() - added
         if lost:
             raise NotByteLevel(f"{len(lost)} of its tokens, {min(lost)!r} one, come from no merge")
+    return [*sorted(ALPHABET, key=ALPHABET.__getitem__), *(t for t in merged if t not in lost)]
+
+
+def _spelled(name: str) -> bytes:
+    """The bytes of a token. Raises NotByteLevel."""
     try:
-        spelled = [bytes(ALPHABET[char] for char in token) for token in merged if token not in lost]
+        return bytes(map(ALPHABET.__getitem__, name))
     except KeyError as error:
         raise NotByteLevel(f"its merges hold {error}, which stands for no byte") from None
-    singles = [bytes([byte]) for byte in range(256)]
-    return {token: rank for rank, token in enumerate(singles + spelled)}
 
 
 def _unreached(tokens: list[str], vocab: Mapping[str, int], tokenizer: Tokenizer) -> set[str]:

@@ -16,6 +16,7 @@ from llamahome.conversations.agreement import agree
 from llamahome.conversations.control import ControlText, Marks, any_of
 from llamahome.conversations.conversation import Conversation
 from llamahome.conversations.masks import Dropped, Encoded, stop_is_trained, trained_tokens
+from llamahome.conversations.raw_text import surrounded
 from llamahome.conversations.templates import ChatTemplate, Rendered, TemplateRefused
 from llamahome.conversations.tokenizer import RENAME_MARKS, ChatTokenizer, other_name
 
@@ -65,12 +66,18 @@ class ChatBase:
         self._control_ids = np.array(
             [token.id for token in added if token.text in self.control.tokens], dtype=np.int32
         )
+        self._names = {id: tokenizer.text_of(id) for ids in tokenizer.around for id in ids}
         self._twin: Tokenizer | None = None
 
     @classmethod
-    def load(cls, base_dir: Path, *, today: datetime.datetime | None = None) -> ChatBase:
-        """From the base's folder. Raises NotFound and InvalidConfig."""
-        return cls(ChatTokenizer.load(base_dir), today=today)
+    def load(
+        cls, base_dir: Path, *, today: datetime.datetime | None = None, markers: bool = False
+    ) -> ChatBase:
+        """From the base's folder; with ``markers`` instead of its own template (``markers``).
+
+        Raises NotFound and InvalidConfig.
+        """
+        return cls(ChatTokenizer.load(base_dir, markers=markers), today=today)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -95,7 +102,11 @@ class ChatBase:
     def tokenise(self, conversation: Conversation, *, loss_scope: str) -> Tokenised:
         """Ids and trained mask of one row, untruncated. Raises Dropped with the reason, among them
         that the two derivations of the mask (``masks``, ``agreement``) disagree.
+
+        Raw text is the same in every scope (``raw_text``).
         """
+        if conversation.text is not None:
+            return self._tokenise_text(conversation.text, conversation.weight)
         template = self._tool_template if conversation.tools else self.template
         try:
             rendered = template.render(conversation)
@@ -108,6 +119,32 @@ class ChatBase:
             ends=encoded.ends, control=encoded.control, neutralised=neutralised,
             agreed=agree(conversation, template, encoded, trained, loss_scope),
         )  # fmt: skip
+
+    def _tokenise_text(self, text: str, weight: int) -> Tokenised:
+        inner, neutralised = self._encode_text(text)
+        encoded, trained = surrounded(inner, self.tokenizer.around, self._names)
+        return Tokenised(
+            text=encoded.text, ids=encoded.ids, trained=trained & (weight == 1),
+            starts=encoded.starts, ends=encoded.ends, control=encoded.control,
+            neutralised=neutralised, agreed=True,
+        )  # fmt: skip
+
+    def _encode_text(self, text: str) -> tuple[Encoded, int]:
+        """Text without a control token, and how many it spells."""
+        encoding = self.tokenizer.encode(text)
+        encoded = self.encoded(text, encoding.ids, np.array(encoding.offsets))
+        if not encoded.control.any():
+            return encoded, 0
+        if any(mark in text for mark in RENAME_MARKS):
+            raise Dropped("control_text", "holds a control token and a character kept for them")
+        encoding = self._twin_tokenizer().encode(text, add_special_tokens=False)
+        spelled = len(any_of(self.control.tokens).findall(text))
+        return self.encoded(text, encoding.ids, np.array(encoding.offsets)), spelled
+
+    def _twin_tokenizer(self) -> Tokenizer:
+        if self._twin is None:
+            self._twin = self.tokenizer.renamed(self.control.tokens)
+        return self._twin
 
     def _writes(self, token: str) -> bool:
         return self.template.writes(token) or self._tool_template.writes(token)
@@ -134,9 +171,7 @@ class ChatBase:
                 "holds the text of a control token where the chat template takes it apart",
             )
         respelled, places, neutralised = self._respell(marked, marks)
-        if self._twin is None:
-            self._twin = self.tokenizer.renamed(self.control.tokens)
-        encoding = self._twin.encode(respelled, add_special_tokens=False)
+        encoding = self._twin_tokenizer().encode(respelled, add_special_tokens=False)
         offsets = places[np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)]
         return self.encoded(text, encoding.ids, offsets), neutralised
 

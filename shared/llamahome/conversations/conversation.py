@@ -20,24 +20,32 @@ _CANONICAL = msgspec.msgpack.Encoder(order="sorted")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in their order, already checked by ``rows.parse_row``.
+    """Messages in their order, or one ``text``; already checked by ``rows.parse_row``.
 
     A message has ``role`` (system, user, assistant or tool), ``content`` (missing only where an
     assistant turn is made of tool calls), and optionally ``weight`` (0: not trained), ``name``,
     ``tool_calls``, ``tool_call_id``, ``reasoning_content``. Neither may be changed in place.
+
+    A row of raw text has neither messages nor tools, but ``text``, and a ``weight`` of its own.
     """
 
     messages: tuple[JsonObject, ...]
     tools: tuple[JsonObject, ...] = ()
+    text: str | None = None
+    weight: int = 1
 
     def to_json(self) -> JsonObject:
-        """Keys in a fixed order; ``tools`` only where there are any."""
+        """Keys in a fixed order; ``tools`` only where there are any, ``weight`` where it is 0."""
+        if self.text is not None:
+            return {"text": self.text} if self.weight else {"text": self.text, "weight": 0}
         body: JsonObject = {"messages": list(self.messages)}
         return body | {"tools": list(self.tools)} if self.tools else body
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Conversation:
         """The inverse of :meth:`to_json`; further keys (file, line) are left alone."""
+        if "messages" not in body:
+            return cls((), text=body["text"], weight=body.get("weight", 1))
         return cls(tuple(body["messages"]), tuple(body.get("tools", ())))
 
     def digest(self) -> bytes:
@@ -66,7 +74,12 @@ class Conversation:
         return frozenset(turn for turn in turns if self.messages[turn].get("weight", 1) == 1)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Every string that came from outside, as (role, text); tools count as the system's."""
+        """Every string that came from outside, as (role, text).
+
+        Tools and raw text count as the system's.
+        """
+        if self.text is not None:
+            yield "system", self.text
         for message in self.messages:
             for key, value in message.items():
                 if key != "role":

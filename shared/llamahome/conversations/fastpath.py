@@ -6,19 +6,19 @@ the first use, and every row of a kind not worked out is left to it.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamahome.conversations.bytelevel import ByteLevelCore
+from llamahome.conversations.bytelevel import SEAM, ByteLevelCore
 from llamahome.conversations.chat import ChatBase
-from llamahome.conversations.shaped import ByShape, values_of
+from llamahome.conversations.shaped import RAW_TEXT, ByShape, is_blank
 from llamahome.conversations.shapes import Shape, Stretch
-from llamahome.conversations.symbolic import Part, Texts
+from llamahome.conversations.symbolic import Part, Texts, Untraceable, value_of
 from llamahome.conversations.templates import Span
 
 # Blocks of Unicode 16 with compositions that Python's tables may not know yet.
@@ -36,7 +36,7 @@ class FastRow:
     agreed = True  # its shape's mask was derived twice
 
     def __init__(
-        self, ids: NDArray[np.int32], trained: NDArray[np.bool_], ranks: list[int],
+        self, ids: NDArray[np.int32], trained: NDArray[np.bool_], ranks: NDArray[np.intp],
         whole_stop: bool, chat: FastChat,
     ) -> None:  # fmt: skip
         self.ids, self.trained = ids, trained
@@ -46,71 +46,77 @@ class FastRow:
         """Whether, of the first ``length`` tokens, the last trained one is a control token."""
         if length is None or length >= len(self.ids):
             return self._whole_stop
-        return self._chat.ends_with_stop(self._ranks, self.trained[:length])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Fixed:
-    """Ranks that every row of a shape has, and which of them are trained, as [start, stop)."""
-
-    ranks: list[int]
-    trained: list[Span]
+        return self._chat.ends_with_stop(self._ranks.tolist(), self.trained[:length])
 
 
 class _Shape:
-    """A :class:`Shape` ready to run: neighbouring fixed pieces in one, texts numbered."""
+    """A :class:`Shape` ready to be filled: fixed text around slots, added tokens as seams.
+
+    ``marks`` are the added tokens' ranks in order, ``stop_is_trained`` the whole row's. A row
+    starts with a seam of its own, so that it can stand behind another one.
+    """
 
     def __init__(self, shape: Shape, chat: FastChat) -> None:
-        self._chat = chat
-        self._stop = shape.stop_is_trained
-        self._pieces: list[_Fixed | Stretch] = []
+        """Raises Untraceable."""
+        self.stop_is_trained = shape.stop_is_trained
+        self._slots: list[Part] = []
+        self._pieces = [SEAM]  # fixed, slot, fixed, slot, ..., fixed
+        marks = [chat.seam]
+        # Places as (slots before, bytes of fixed text before).
+        self._trained: list[tuple[tuple[int, int], tuple[int, int]]] = []
         for piece in shape.pieces:
             if isinstance(piece, Stretch):
-                if any(isinstance(part, Part) for part in piece.parts):
-                    self._pieces.append(piece)
-                    continue
-                texts = [str(part) for part in piece.parts]
-                ranks = chat.encode("".join(texts))
-                self._fix(ranks, [chat.covered(ranks, texts, span) for span in piece.trained])
+                edges = [self._place()]
+                for part in piece.parts:
+                    self._add(part)
+                    edges.append(self._place())
+                self._trained += [(edges[first], edges[stop]) for first, stop in piece.trained]
             else:
                 token, trained = piece
-                self._fix([chat.rank_of(token.id)], [(0, 1)] if trained else [])
+                marks.append(chat.rank_of(token.id))
+                before = self._place()
+                self._pieces[-1] += SEAM
+                self._trained += [(before, self._place())] if trained else []
+        self.marks = np.array(marks, dtype=np.int32)
+        _, self._fixed_bytes = self._place()
 
-    def _fix(self, ranks: list[int], trained: list[Span]) -> None:
-        if not self._pieces or not isinstance(self._pieces[-1], _Fixed):
-            self._pieces.append(_Fixed([], []))
-        fixed = self._pieces[-1]
-        assert isinstance(fixed, _Fixed)
-        at = len(fixed.ranks)
-        fixed.ranks.extend(ranks)
-        fixed.trained.extend((at + start, at + stop) for start, stop in trained)
+    def _add(self, part: str | Part) -> None:
+        if isinstance(part, Part):
+            self._slots.append(part)
+            self._pieces += ["", ""]
+        elif SEAM in part:
+            raise Untraceable("the template writes a NUL character")
+        else:
+            self._pieces[-1] += part
 
-    def run(self, texts: Texts) -> FastRow | None:
-        chat = self._chat
-        ranks: list[int] = []
-        spans: list[Span] = []
-        for piece in self._pieces:
-            at = len(ranks)
-            if isinstance(piece, _Fixed):
-                ranks += piece.ranks
-                spans += [(at + start, at + stop) for start, stop in piece.trained]
-                continue
-            values = values_of(piece, texts)
-            if values is None:
+    def _place(self) -> tuple[int, int]:
+        return len(self._slots), sum(len(piece.encode()) for piece in self._pieces)
+
+    def filled(self, texts: Texts) -> _Filled | None:
+        """A row's text; None where one of its texts is blank or holds a seam."""
+        values = [value_of(slot, texts) for slot in self._slots]
+        before, size = [0], 0
+        for value in values:
+            if is_blank(value):
                 return None
-            text = "".join(values)
-            if not chat.can_encode(text):
-                return None
-            found = chat.encode(text)
-            ranks += found
-            for span in piece.trained:
-                start, stop = chat.covered(found, values, span)
-                spans.append((at + start, at + stop))
-        trained = np.zeros(len(ranks), dtype=np.bool_)
-        for start, stop in spans:
-            trained[start:stop] = True
-        ids = chat.ids[np.array(ranks, dtype=np.int32)]
-        return FastRow(ids, trained, ranks, self._stop, chat)
+            size += len(value) if value.isascii() else len(value.encode())
+            before.append(size)
+        pieces = self._pieces.copy()
+        pieces[1::2] = values
+        text = "".join(pieces)
+        if text.count(SEAM) != len(self.marks):
+            return None
+        spans = [(before[a] + b, before[c] + d) for (a, b), (c, d) in self._trained]
+        return _Filled(self, text, size + self._fixed_bytes, spans)
+
+
+class _Filled(NamedTuple):
+    """A row's text, its UTF-8 bytes, and which of them are trained, as [start, stop)."""
+
+    shape: _Shape
+    text: str
+    bytes: int
+    trained: list[Span]
 
 
 class FastChat(ByShape[_Shape, FastRow]):
@@ -121,52 +127,68 @@ class FastChat(ByShape[_Shape, FastRow]):
         super().__init__(base)
         core, added = base.tokenizer.byte_level(), base.tokenizer.added
         self._core: ByteLevelCore = core
+        self.seam = core.seam
         # Added tokens get the ranks after the core's.
         self._ranks = {token.id: len(core.ids) + place for place, token in enumerate(added)}
-        self.ids = np.concatenate([core.ids, np.array([t.id for t in added], dtype=np.int32)])
-        self.largest_id = int(self.ids.max())
-        self._lengths = core.lengths
+        self._ids = np.concatenate([core.ids, np.array([t.id for t in added], dtype=np.int32)])
+        self.largest_id = int(self._ids.max())
         self._spelled = core.spelled + [token.text.encode() for token in added]
         control = {token.id for token in added if token.text in base.control.tokens}
         self._control_ranks = frozenset(self._ranks[id] for id in control)
+        self.text_shape = _text_shape(base)
 
     def ready(self, shape: Shape) -> _Shape:
         return _Shape(shape, self)
 
-    def run(self, ready: _Shape, texts: Texts) -> FastRow | None:
-        return ready.run(texts)
+    def run(self, rows: Sequence[tuple[_Shape, Texts]]) -> list[FastRow | None]:
+        found: list[FastRow | None] = [None] * len(rows)
+        taken: dict[int, _Filled] = {}
+        for place, (ready, texts) in enumerate(rows):
+            row = ready.filled(texts)
+            if row is not None and self.can_encode(row.text):
+                taken[place] = row
+        encoded = self._encoded([*taken.values()])
+        if encoded is None:  # because of some of them: which?
+            alone = (self._encoded([row]) for row in taken.values())
+            encoded = [one[0] if one else None for one in alone]
+        for place, done in zip(taken, encoded, strict=True):
+            found[place] = done
+        return found
 
     def rank_of(self, id: int) -> int:
         return self._ranks[id]
 
     def can_encode(self, text: str) -> bool:
-        """Whether the core gives of this stretch what the tokenizer does."""
+        """Whether the core gives of these stretches what the tokenizer does."""
         if self.added.occur_in(text):
             return False
         if text.isascii() or not self._core.composed:
             return True
         return unicodedata.is_normalized("NFC", text) and not _NEWLY_COMPOSED.search(text)
 
-    def encode(self, text: str) -> list[int]:
-        return self._core.encode(text)
-
-    def covered(self, ranks: list[int], values: Sequence[str], span: Span) -> Span:
-        """The tokens [start, stop) that share a byte with the parts [first, stop) of a stretch."""
-        first, last = span
-        start, stop = 0, len(ranks)
-        if first:
-            before = sum(len(value.encode()) for value in values[:first])
-            end = self._lengths[ranks[0]]
-            while end <= before:
-                start += 1
-                end += self._lengths[ranks[start]]
-        if last < len(values):
-            after = sum(len(value.encode()) for value in values[last:])
-            begin = 0
-            while begin + self._lengths[ranks[stop - 1]] <= after:
-                stop -= 1
-                begin += self._lengths[ranks[stop]]
-        return start, stop
+    def _encoded(self, rows: Sequence[_Filled]) -> list[FastRow | None] | None:
+        """All rows in one call; None where the tokens do not cover their bytes."""
+        if not rows:
+            return []
+        # As wide as an index is, for it is one several times.
+        ranks = self._core.encode_stretches("".join([row.text for row in rows])).astype(np.intp)
+        seams = np.flatnonzero(ranks == self.seam)
+        marks = np.concatenate([row.shape.marks for row in rows])
+        ends = self._core.lengths.take(ranks).cumsum()
+        if len(seams) != len(marks) or ends[-1] != sum([row.bytes for row in rows]):
+            return None
+        ranks[seams] = marks
+        ids, trained = self._ids.take(ranks), _covered(rows, ends)
+        edges = [*seams.tolist(), len(ranks)]
+        result: list[FastRow | None] = []
+        seam = 0
+        for row in rows:
+            # Its own seam is none of its tokens.
+            start, seam = edges[seam] + 1, seam + len(row.shape.marks)
+            here = slice(start, edges[seam])
+            stop = row.shape.stop_is_trained
+            result.append(FastRow(ids[here], trained[here], ranks[here], stop, self))
+        return result
 
     def ends_with_stop(self, ranks: list[int], trained: NDArray[np.bool_]) -> bool:
         """As ``masks.stop_is_trained``, from the tokens' bytes."""
@@ -187,3 +209,35 @@ class FastChat(ByShape[_Shape, FastRow]):
         while end < len(text) and text[end] & 0xC0 == 0x80:
             end += 1
         return text[at:end].decode()
+
+
+def _text_shape(base: ChatBase) -> Shape | None:
+    """Raw text and what stands around it; None where that is no added token."""
+    added = {token.id: token for token in base.tokenizer.added}
+    before, after = base.tokenizer.around
+    if not added.keys() >= {*before, *after}:
+        return None
+    text = Stretch((Part(*RAW_TEXT),), ((0, 1),))
+    first, last = [(added[id], False) for id in before], [(added[id], True) for id in after]
+    return Shape((), (*first, text, *last), stop_is_trained=bool(after))
+
+
+def _covered(rows: Sequence[_Filled], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Bool [n]: the tokens that share a byte with a trained span of the rows.
+
+    ``ends`` int64 [n] are the tokens' ends in bytes.
+    """
+    starts: list[int] = []
+    stops: list[int] = []
+    at = 0
+    for row in rows:
+        for start, stop in row.trained:
+            starts.append(at + start)
+            stops.append(at + stop)
+        at += row.bytes
+    first = ends.searchsorted(np.array(starts, dtype=np.int64), side="right")
+    last = ends.searchsorted(np.array(stops, dtype=np.int64), side="left")
+    trained = np.zeros(len(ends), dtype=np.bool_)
+    for start, stop in zip(first.tolist(), (last + 1).tolist(), strict=True):
+        trained[start:stop] = True
+    return trained

@@ -1,8 +1,8 @@
 """The formats people have, each turned into the canonical row at the door.
 
 messages (also ``conversation``, ``conversations``), ShareGPT, Alpaca and prompt/completion become
-``{"messages": [...], "tools": ...}``; whether that is a usable conversation is for ``rules`` to
-say. A file has one format: a row of another one is refused, never mixed in silently.
+``{"messages": [...], "tools": ...}``, raw text stays as it is; whether that is a usable row is for
+``rules`` to say. A file has one format: a row of another one is refused, never mixed in silently.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def recognise(row: Any) -> str | None:
 
 
 def canonical_row(row: Mapping[str, Any], format: str) -> Mapping[str, Any]:
-    """A row of a file in ``format`` with ``messages`` and ``tools``. Raises Refused."""
+    """A row of a file in ``format`` with ``messages`` and ``tools``, or (raw text) ``text``.
+
+    Raises Refused.
+    """
     if not _fits(row, format) and (other := recognise(row)) is not None:
         raise Refused("mixed_format", f"a row in {other} format; the file is in {format} format")
     return _CONVERTERS[format](row)
@@ -174,10 +177,7 @@ def _turns_or_text(row: Mapping[str, Any], column: str) -> list[Any]:
 
 
 def _text(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    raise Refused(
-        "unsupported_format",
-        "raw text has no turn to train; write prompt and completion, or messages",
-    )
+    return {"text": _column(row, "text"), "weight": row.get("weight")}
 
 
 def _system(row: Mapping[str, Any]) -> list[JsonObject]:
@@ -194,7 +194,7 @@ def _column(row: Mapping[str, Any], column: str) -> str:
     if value is None:
         raise Refused("missing_column", f"has no {column}")
     if not isinstance(value, str):
-        raise Refused("invalid_content", f"{column} must be text")
+        raise Refused("invalid_content", f"{column} must be a string")
     return value
 
 

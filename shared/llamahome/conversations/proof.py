@@ -50,6 +50,11 @@ def difficult_rows(control: Iterable[str]) -> Iterator[Conversation]:
         yield Conversation(tuple(messages))
 
 
+def difficult_texts() -> Iterator[Conversation]:
+    """The difficult texts as rows of raw text."""
+    return (Conversation((), text=text) for text in _NASTY)
+
+
 def sampled(digest: bytes) -> bool:
     """Whether the row of this digest is compared in every job that holds it."""
     return digest[-1] == _SAMPLE_BYTE
@@ -92,6 +97,10 @@ def unproven(slow: ChatBase, fast: FastChat | ShapedChat, *, loss_scope: str) ->
     for row in difficult_rows(slow.control.tokens):
         found = fast.tokenise(row, loss_scope=loss_scope)
         taken += found is not None
+        if why := difference(slow, row, found, loss_scope=loss_scope):
+            return why
+    for row in difficult_texts():
+        found = fast.tokenise(row, loss_scope=loss_scope)
         if why := difference(slow, row, found, loss_scope=loss_scope):
             return why
     if not taken:

@@ -11,9 +11,9 @@ from typing import Any
 
 from llamahome.conversations.containers import ARRAY, LINES
 from llamahome.conversations.conversation import Conversation, dump
-from llamahome.conversations.formats import MESSAGES, canonical_row
+from llamahome.conversations.formats import MESSAGES, TEXT, canonical_row
 from llamahome.conversations.records import Source
-from llamahome.conversations.rules import Limits, checked_messages, checked_tools
+from llamahome.conversations.rules import Limits, checked_messages, checked_text, checked_tools
 from llamahome.conversations.strict_json import Refused, read_json
 from llamahome.schemas import Rejected
 
@@ -91,6 +91,9 @@ def conversation_of(value: Any, limits: Limits, format: str) -> Conversation:
     if not isinstance(value, dict):
         raise Refused("not_an_object", f"the row is {kind_of(value)}, not an object")
     row = canonical_row(value, format)
+    if format == TEXT:
+        text, weight = checked_text(row, limits)
+        return Conversation((), text=text, weight=weight)
     messages = checked_messages(row["messages"], limits)
     return Conversation(messages=messages, tools=checked_tools(row))
 

@@ -75,6 +75,17 @@ def checked_tools(row: Mapping[str, Any]) -> tuple[JsonObject, ...]:
     return tuple(tools)
 
 
+def checked_text(row: Mapping[str, Any], limits: Limits) -> tuple[str, int]:
+    """A raw text and its weight, 0 or 1; the limits and the weight are those of an answer.
+
+    Raises Refused.
+    """
+    text: str = row["text"]
+    _check_shown("text", text, limits)
+    _check_surrogates(text)
+    return text, _weight(row, "assistant")
+
+
 def _message(message: Any, limits: Limits) -> JsonObject:
     if not isinstance(message, dict):
         raise Refused("invalid_message", "is not an object")
@@ -128,14 +139,18 @@ def _content(message: Mapping[str, Any], limits: Limits, *, may_be_empty: bool) 
         content = "".join(_part(part) for part in content)
     if not isinstance(content, str):
         raise Refused("invalid_content", "content must be text or a list of text parts")
-    if len(content) > limits.max_chars_per_message:
+    _check_shown("content", content, limits, may_be_empty=may_be_empty)
+    return content
+
+
+def _check_shown(name: str, text: str, limits: Limits, *, may_be_empty: bool = False) -> None:
+    if len(text) > limits.max_chars_per_message:
         raise Refused(
             "message_too_long",
-            f"content has {len(content)} characters, at most {limits.max_chars_per_message}",
+            f"{name} has {len(text)} characters, at most {limits.max_chars_per_message}",
         )
-    if not may_be_empty and not is_visible(content):
-        raise Refused("empty_content", "content shows nothing")
-    return content
+    if not may_be_empty and not is_visible(text):
+        raise Refused("empty_content", f"{name} shows nothing")
 
 
 def _part(part: Any) -> str:

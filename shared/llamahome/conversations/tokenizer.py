@@ -17,13 +17,17 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from llamahome.conversations.bytelevel import ByteLevelCore
+from llamahome.conversations.markers import MarkerIds, with_markers
+from llamahome.conversations.raw_text import around_text
 from llamahome.conversations.templates import FALLBACK_TEMPLATE
 from llamahome.errors import InvalidConfig, NotFound
 from llamahome.schemas import JsonObject
 
 TOKENIZER_JSON = "tokenizer.json"
+CONFIG_JSON = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE)
+_NAMES_JSON = "special_tokens_map.json"
+_FILES = (TOKENIZER_JSON, CONFIG_JSON, _NAMES_JSON, TEMPLATE_FILE)
 _NAMED = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
@@ -51,6 +55,22 @@ def tokenizer_files(base_dir: Path) -> list[Path]:
     return found
 
 
+def marked_files(base_dir: Path) -> tuple[JsonObject, JsonObject, MarkerIds]:
+    """The base's tokenizer.json and tokenizer_config.json with the markers (``markers``).
+
+    Raises NotFound and InvalidConfig.
+    """
+    files = {path.name: path for path in tokenizer_files(base_dir)}
+    names = _read_json(files[_NAMES_JSON]) if _NAMES_JSON in files else {}
+    config = _read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {}
+    declared = names | config
+
+    def complete(tokenizer: Tokenizer) -> None:
+        _add_missing(tokenizer, declared, _named_tokens(declared))
+
+    return with_markers(_read_json(files[TOKENIZER_JSON]), config, complete)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class AddedName:
     """An added token: its text, its id, and whether it is declared special.
@@ -71,9 +91,12 @@ class ChatTokenizer:
 
     ``named`` are the special tokens by name (bos_token, ...); ``templates`` the base's own chat
     templates by name, empty where it has none; ``digest`` the sha256 over all that decides ids.
+    ``around`` is what stands around raw text; ``markers`` the ids of marker tokens, where added.
     """
 
-    def __init__(self, document: JsonObject, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, document: JsonObject, config: Mapping[str, Any], markers: MarkerIds | None = None
+    ) -> None:
         """Raises InvalidConfig where the tokenizer cannot be read."""
         # The post-processor would only trim offsets here, and templates write bos themselves.
         plain = {**document, "truncation": None, "padding": None, "post_processor": None}
@@ -87,6 +110,8 @@ class ChatTokenizer:
         _add_missing(tokenizer, config, self.named)
         self._tokenizer = tokenizer
         self._text = tokenizer.to_str()
+        self.markers = markers
+        self.around = around_text(tokenizer, document.get("post_processor"), self.named)
         self.templates = _templates(config)
         self.added = tuple(
             AddedName(
@@ -106,13 +131,17 @@ class ChatTokenizer:
         self.digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
 
     @classmethod
-    def load(cls, base_dir: Path) -> ChatTokenizer:
-        """Read the base's files. Raises NotFound and InvalidConfig naming the file."""
+    def load(cls, base_dir: Path, *, markers: bool = False) -> ChatTokenizer:
+        """Read the base's files, and add the ``markers`` and their template where they are wanted.
+
+        Raises NotFound and InvalidConfig naming the file.
+        """
         files = {path.name: path for path in tokenizer_files(base_dir)}
-        config: JsonObject = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if name in files:
-                config |= _read_json(files[name])
+        names = _read_json(files[_NAMES_JSON]) if _NAMES_JSON in files else {}
+        if markers:
+            document, config, ids = marked_files(base_dir)
+            return cls(document, names | config, ids)
+        config = names | (_read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {})
         if TEMPLATE_FILE in files:
             config["chat_template"] = _read(files[TEMPLATE_FILE])
         return cls(_read_json(files[TOKENIZER_JSON]), config)
@@ -120,6 +149,10 @@ class ChatTokenizer:
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of ``text``, with every added token recognised."""
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def text_of(self, id: int) -> str:
+        """What the token of this id is called; "" where there is none."""
+        return self._tokenizer.id_to_token(id) or ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """As :meth:`encode`, several at once."""

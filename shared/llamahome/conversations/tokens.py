@@ -9,9 +9,12 @@ a token, lowest bit first. Row ``i`` is ``ids[offsets[i]:offsets[i + 1]]``. The 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import mmap
 import shutil
+from array import array
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +28,7 @@ __all__ = ["TokenRow", "TokenRows", "TokenRowsWriter", "read_token_rows", "write
 
 _MAX_HEADER_BYTES = 1_000_000
 _CHUNK_BYTES = 1024 * 1024
+_WAITING_TOKENS = 64 * 1024
 _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
@@ -56,41 +60,65 @@ class TokenRow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Rows of one file. ``ids`` int32 [tokens], ``offsets`` int64 [rows + 1], both mapped;
-    ``trained`` bool [tokens], unpacked on reading; ``source_file`` int32 [rows],
+    """Rows of one file, which stays mapped: ``ids`` int32 [tokens], ``offsets`` int64 [rows + 1],
+    ``packed`` uint8 [ceil(tokens / 8)] the trained tokens' bits, ``source_file`` int32 [rows],
     ``source_line`` int64 [rows].
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    trained: NDArray[np.bool_]
+    packed: NDArray[np.uint8]
     source_file: NDArray[np.int32]
     source_line: NDArray[np.int64]
     metadata: Mapping[str, str]
+    mapped: mmap.mmap
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """``(ids int32 [n], trained bool [n])`` of row ``index``; views, not copies.
+        """``(ids int32 [n], trained bool [n])`` of row ``index``; the ids are a view.
 
         Raises IndexError outside ``[-len, len)``.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        return self.ids[start:end], self.trained[start:end]
+        return self.span(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def span(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """The tokens [start, end), as :meth:`row` gives them."""
+        bits = np.unpackbits(self.packed[start // 8 : (end + 7) // 8], bitorder="little")
+        first = start % 8
+        return self.ids[start:end], bits[first : first + end - start].view(np.bool_)
 
     def token_row(self, index: int) -> TokenRow:
         """Row ``index`` with its source. Raises IndexError."""
         ids, trained = self.row(index)
         return TokenRow(ids, trained, int(self.source_file[index]), int(self.source_line[index]))
 
+    def let_go(self) -> None:
+        """Give back the memory of what was read; the next reading takes it from the file again."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
+
+    @functools.cached_property
+    def trained(self) -> NDArray[np.bool_]:
+        """Bool [tokens], unpacked when first asked for: a byte of memory a token."""
+        bits = np.unpackbits(self.packed, count=self.total_tokens, bitorder="little")
+        return bits.view(np.bool_)
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, int64 [rows]."""
         return np.diff(self.offsets)
+
+    def trained_counts(self) -> NDArray[np.int64]:
+        """Trained tokens of each row, int64 [rows]."""
+        counts = np.cumsum(np.bitwise_count(self.packed), dtype=np.int64)
+        byte, bit = np.divmod(self.offsets, 8)
+        below = np.append(self.packed, np.uint8(0))[byte] & ((1 << bit) - 1).astype(np.uint8)
+        before: NDArray[np.int64] = np.append(np.int64(0), counts)[byte] + np.bitwise_count(below)
+        return np.diff(before)
 
     @property
     def total_tokens(self) -> int:
@@ -98,7 +126,7 @@ class TokenRows:
 
     @property
     def total_trained(self) -> int:
-        return int(np.count_nonzero(self.trained))
+        return int(np.bitwise_count(self.packed).sum(dtype=np.int64))
 
 
 class TokenRowsWriter:
@@ -112,8 +140,10 @@ class TokenRowsWriter:
         """Raises OSError."""
         self._path = path
         self._metadata = dict(metadata or {})
-        self._lengths: list[int] = []
-        self._sources: list[tuple[int, int]] = []
+        self._lengths, self._files, self._lines = (array("q") for _ in range(3))
+        # Rows that wait to be written together, and their tokens.
+        self._waiting: list[TokenRow] = []
+        self._waiting_tokens = 0
         spools = (path.with_name(f"{path.name}.{part}") for part in ("ids", "trained"))
         self._ids, self._trained = (spool.open("w+b", buffering=_CHUNK_BYTES) for spool in spools)
 
@@ -126,6 +156,7 @@ class TokenRowsWriter:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if kind is None:
+                self._flush()
                 self._assemble()
         finally:
             for spool in (self._ids, self._trained):
@@ -133,16 +164,29 @@ class TokenRowsWriter:
                 Path(spool.name).unlink()
 
     def add(self, row: TokenRow) -> None:
-        """Append a row. Raises ValueError where ids and trained differ in shape, and OSError."""
+        """Append a row, whose arrays must stay as they are until the block ends.
+
+        Raises ValueError where ids and trained differ in shape, and OSError.
+        """
         if row.ids.ndim != 1 or row.ids.shape != row.trained.shape:
             raise ValueError(f"ids have shape {row.ids.shape}, trained {row.trained.shape}")
-        self._ids.write(row.ids.astype(_DTYPES["I32"], order="C", copy=False).data)
-        self._trained.write(row.trained.astype(np.bool_, order="C", copy=False).data)
         self._lengths.append(len(row.ids))
-        self._sources.append((row.source_file, row.source_line))
+        self._files.append(row.source_file)
+        self._lines.append(row.source_line)
+        self._waiting.append(row)
+        self._waiting_tokens += len(row.ids)
+        if self._waiting_tokens >= _WAITING_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            ids = np.concatenate([row.ids for row in self._waiting])
+            trained = np.concatenate([row.trained for row in self._waiting])
+            self._ids.write(ids.astype(_DTYPES["I32"], copy=False).data)
+            self._trained.write(trained.astype(np.bool_, copy=False).data)
+        self._waiting, self._waiting_tokens = [], 0
 
     def _assemble(self) -> None:
-        files, lines = zip(*self._sources, strict=True) if self._sources else ((), ())
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._lengths, dtype=np.int64)])
         rows, tokens = len(self._lengths), int(offsets[-1])
         sizes = {
@@ -152,10 +196,10 @@ class TokenRowsWriter:
         with self._path.open("wb") as out:
             out.write(_header(sizes, self._metadata))
             out.write(offsets.astype(_DTYPES["I64"], copy=False).tobytes())
-            out.write(np.array(lines, dtype=_DTYPES["I64"]).tobytes())
+            out.write(np.array(self._lines, dtype=_DTYPES["I64"]).tobytes())
             self._ids.seek(0)
             shutil.copyfileobj(self._ids, out, _CHUNK_BYTES)
-            out.write(np.array(files, dtype=_DTYPES["I32"]).tobytes())
+            out.write(np.array(self._files, dtype=_DTYPES["I32"]).tobytes())
             self._trained.seek(0)
             # A multiple of 8, so that only the last byte of all is padded.
             while chunk := self._trained.read(_CHUNK_BYTES):
@@ -180,18 +224,18 @@ def read_token_rows(path: Path) -> TokenRows:
     size = path.stat().st_size
     with path.open("rb") as source:
         header, start = _read_header(source, size, path)
+        mapped = mmap.mmap(source.fileno(), size, access=mmap.ACCESS_READ)
     metadata = header.pop("__metadata__", {})
-    arrays = {name: _map(path, header, name, code, start, size) for name, code in _LAYOUT}
+    arrays = {name: _map(path, mapped, header, name, code, start) for name, code in _LAYOUT}
     _check(path, arrays)
-    tokens = len(arrays["ids"])
-    bits = np.unpackbits(arrays["trained"], count=tokens, bitorder="little")
     return TokenRows(
         ids=arrays["ids"],
         offsets=arrays["offsets"],
-        trained=bits.view(np.bool_),
+        packed=arrays["trained"],
         source_file=arrays["source_file"],
         source_line=arrays["source_line"],
         metadata=metadata if isinstance(metadata, dict) else {},
+        mapped=mapped,
     )
 
 
@@ -220,14 +264,14 @@ def _read_header(source: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any
 
 
 def _map(
-    path: Path, header: Mapping[str, Any], name: str, code: str, start: int, size: int
+    path: Path, mapped: mmap.mmap, header: Mapping[str, Any], name: str, code: str, start: int
 ) -> NDArray[Any]:
     try:
         entry = header[name]
         found, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CorruptArtifact("tensor is missing or broken", file=path.name, field=name) from None
-    dtype = _DTYPES[code]
+    dtype, size = _DTYPES[code], len(mapped)
     whole = all(isinstance(number, int) for number in (begin, end, *shape))
     if found != code or not whole or len(shape) != 1 or shape[0] < 0 or begin < 0:
         raise CorruptArtifact(
@@ -240,9 +284,7 @@ def _map(
         )  # fmt: skip
     if shape[0] == 0:
         return np.zeros(0, dtype)
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=(shape[0],))
-    plain: NDArray[Any] = mapped.view(np.ndarray)
-    return plain
+    return np.frombuffer(mapped, dtype, count=shape[0], offset=start + begin)
 
 
 def _check(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -261,3 +303,5 @@ def _check(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
             raise CorruptArtifact(
                 f"{len(arrays[name])} elements, expected {expected}", file=path.name, field=name
             )
+    if tokens % 8 and arrays["trained"][-1] >> tokens % 8:
+        raise CorruptArtifact("bits beyond the last token", file=path.name, field="trained")

@@ -72,8 +72,8 @@ class Runs(Claims):
     ) -> list[CheckpointRef]:
         """Move the resume pointer. That is progress: attempts count from zero again.
 
-        With ``keep`` only so many of the run's newest checkpoints stay known, and its best one.
-        Returns those that were dropped; their files are the caller's to delete. Raises Fenced when
+        With ``keep`` only so many of the run's checkpoints stay known, the newest and the best
+        among them in any case. Returns those that were dropped; their files are the caller's to delete. Raises Fenced when
         another attempt holds the run.
         """
 
@@ -101,7 +101,9 @@ class Runs(Claims):
             .order_by(checkpoint.c.created_at.desc(), checkpoint.c.step.desc())
         ).all()
         best = next((row for row in rows if row.ref["best"]), None)
-        dropped = [row for row in rows[keep:] if row is not best]
+        spared = [rows[0], *([best] if best is not None and best is not rows[0] else [])]
+        others = [row for row in rows if row not in spared]
+        dropped = others[max(0, keep - len(spared)) :]
         for row in dropped:
             connection.execute(
                 sa.delete(checkpoint).where(

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,10 @@ from llamahome.storage import manifest as manifests
 from llamahome.storage.paths import checked_path
 
 TEMPORARY_PREFIX = ".tmp-"
+# Another file system, one without links, too many of them, or a file that is not ours to link.
+_NO_LINK = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -66,13 +70,20 @@ class LocalStorage:
             return self._real(path).stat().st_size
 
     def publish(
-        self, folder: Path, path: str, *, kind: str, facts: JsonObject | None = None
+        self,
+        folder: Path,
+        path: str,
+        *,
+        kind: str,
+        facts: JsonObject | None = None,
+        adopt: bool = False,
     ) -> ArtifactRef:
         final = self._real(path)
         temporary = self._temporary(final)
         try:
             with _storage_errors(path):
-                manifest = self._write(folder, temporary, kind, facts)
+                entries = self._write(folder, temporary, adopt=adopt)
+                manifest = _seal(temporary, kind, entries, facts)
                 self._move_into_place(temporary, final, path, manifest)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -121,28 +132,24 @@ class LocalStorage:
     def _temporary(self, final: Path) -> Path:
         return final.with_name(f"{TEMPORARY_PREFIX}{final.name[:100]}-{uuid.uuid4().hex}")
 
-    def _write(
-        self, folder: Path, temporary: Path, kind: str, facts: JsonObject | None
-    ) -> Manifest:
-        """Copy ``folder`` to ``temporary``, hashing on the way, everything fsynced."""
+    def _write(self, folder: Path, temporary: Path, *, adopt: bool) -> list[ManifestEntry]:
+        """Every file of ``folder`` in ``temporary``, hashed, read-only and fsynced."""
         temporary.mkdir(parents=True)
         entries = []
         for name in manifests.files_below(folder):
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with manifests.open_regular(folder / name) as source, target.open("xb") as copy:
-                size, sha256 = manifests.copy_hashed(source, copy)
-                _flush(copy)
+            if adopt and _linked(folder / name, target):
+                with manifests.open_regular(target) as file:
+                    size, sha256 = manifests.hash_stream(file)
+                    os.fsync(file.fileno())
+            else:
+                with manifests.open_regular(folder / name) as source, target.open("xb") as copy:
+                    size, sha256 = manifests.copy_hashed(source, copy)
+                    _flush(copy)
             target.chmod(0o444)
             entries.append(ManifestEntry(name=name, bytes=size, sha256=sha256))
-        manifest = manifests.build_manifest(kind, entries, facts)
-        with (temporary / MANIFEST_NAME).open("xb") as out:
-            out.write(manifests.manifest_bytes(manifest))
-            _flush(out)
-        (temporary / MANIFEST_NAME).chmod(0o444)
-        for below, _, _ in os.walk(temporary):
-            _sync_folder(Path(below))
-        return manifest
+        return entries
 
     def _move_into_place(self, temporary: Path, final: Path, path: str, manifest: Manifest) -> None:
         if final.exists() and not (final / MANIFEST_NAME).is_file():
@@ -172,6 +179,31 @@ class LocalStorage:
             _sync_folder(folder)
             folder = folder.parent
         _sync_folder(self.root)
+
+
+def _seal(
+    folder: Path, kind: str, entries: Sequence[ManifestEntry], facts: JsonObject | None
+) -> Manifest:
+    """Write the manifest, last of all, and fsync the folders."""
+    manifest = manifests.build_manifest(kind, entries, facts)
+    with (folder / MANIFEST_NAME).open("xb") as out:
+        out.write(manifests.manifest_bytes(manifest))
+        _flush(out)
+    (folder / MANIFEST_NAME).chmod(0o444)
+    for below, _, _ in os.walk(folder):
+        _sync_folder(Path(below))
+    return manifest
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Whether ``target`` now is ``source``'s file; not where the file system cannot do that."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
 
 
 def _flush(file: BinaryIO) -> None:

@@ -52,8 +52,15 @@ class ObjectStorage:
             return int(self._fs.info(self._key(path))["size"])
 
     def publish(
-        self, folder: Path, path: str, *, kind: str, facts: JsonObject | None = None
+        self,
+        folder: Path,
+        path: str,
+        *,
+        kind: str,
+        facts: JsonObject | None = None,
+        adopt: bool = False,
     ) -> ArtifactRef:
+        """An object store always copies: ``adopt`` changes nothing."""
         with _storage_errors(path):
             manifest = manifests.manifest_of(folder, kind, facts)
             wanted = manifests.artifact_ref(manifest, path)

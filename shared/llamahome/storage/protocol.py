@@ -37,10 +37,18 @@ class Storage(Protocol):
         ...
 
     def publish(
-        self, folder: Path, path: str, *, kind: str, facts: JsonObject | None = None
+        self,
+        folder: Path,
+        path: str,
+        *,
+        kind: str,
+        facts: JsonObject | None = None,
+        adopt: bool = False,
     ) -> ArtifactRef:
         """Make every file below ``folder`` durable at ``path``, the manifest last.
 
+        ``adopt``: nobody writes to these files again, so the storage may keep them themselves
+        rather than copies; they become read-only.
         An artifact there with an equal manifest is returned; one with another raises
         CorruptArtifact; leftovers without a manifest are replaced. Symlinks are a ValueError.
         Raises Unavailable.

@@ -31,28 +31,26 @@ class Offer:
 def choose(offers: Sequence[Sequence[Offer]], budget: int) -> list[int]:
     """How many of each job's offers, from the front, to take into one pass.
 
-    The job that has had the fewest tokens goes first and always gets its next unit in; the others
-    follow, one unit each in turn, while the units fit the budget of tokens.
+    The job that has had the fewest tokens goes first and always gets its next unit in; after it,
+    again and again, whichever has then had the fewest, while units fit the budget of tokens.
     """
     taken = [0] * len(offers)
-    waiting = [index for index, mine in enumerate(offers) if mine]
-    if not waiting:
-        return taken
-    waiting.sort(key=lambda index: (offers[index][0].virtual, offers[index][0].admitted))
-    family = offers[waiting[0]][0].family
-    room = budget
-    while waiting:
-        still = []
-        for index in waiting:
-            offer = offers[index][taken[index]]
-            first = room == budget
-            if offer.family != family or not (first or offer.tokens <= room):
-                continue
-            taken[index] += 1
-            room -= offer.tokens
-            if taken[index] < len(offers[index]):
-                still.append(index)
-        waiting = still
+    had = [mine[0].virtual if mine else 0 for mine in offers]
+    family, room = None, budget
+    open_to = {index for index, mine in enumerate(offers) if mine}
+    while open_to:
+        index = min(open_to, key=lambda one: (had[one], offers[one][0].admitted))
+        offer = offers[index][taken[index]]
+        if family is None:
+            family = offer.family
+        elif offer.family != family or offer.tokens > room:
+            open_to.discard(index)
+            continue
+        taken[index] += 1
+        had[index] += offer.tokens
+        room -= offer.tokens
+        if taken[index] == len(offers[index]):
+            open_to.discard(index)
     return taken
 
 

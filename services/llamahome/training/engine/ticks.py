@@ -21,6 +21,7 @@ from llamahome.training.engine.job import Life, TrainingJob
 from llamahome.training.engine.memory import MemoryModel, Shape
 from llamahome.training.engine.passes import Unit, split_unit
 from llamahome.training.engine.saving import Saver
+from llamahome.training.engine.slots import Slot
 from llamahome.training.engine.warm import UnitLoss, WarmBase
 from llamahome.training.model import LoadedBase, checksum
 from llamahome.training.ports import TrainedAdapter, TrainPorts
@@ -64,6 +65,7 @@ class Engine:
             Shape.of(loaded.model, loaded.dtype), loaded.device, machine.memory_bytes
         )
         self.tick_tokens = machine.tick_tokens or _default_tick_tokens(loaded)
+        self._part_tokens: int | None = None  # a unit with more is cut: it did not fit alone
         self._jobs: list[_Running] = []
         self._admitted = 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -76,6 +78,10 @@ class Engine:
     @property
     def busy(self) -> bool:
         return bool(self._jobs)
+
+    def slots(self) -> list[Slot]:
+        """The slots of the jobs at work, in the order of their admission."""
+        return [running.job.slot for running in self._jobs]
 
     def serves(self, base: BaseRef, machine: Machine) -> bool:
         """True where a job of this base in this precision can be admitted."""
@@ -223,12 +229,12 @@ class Engine:
         if units[0].learns:
             recomputation = self.warm.recomputation
             recomputation.layers = self.memory.layers_to_recompute(tokens, recomputation.most)
-        if len(units) == 1 and tokens > self.tick_tokens:
-            return [self._in_parts(units[0])]
+        if len(units) == 1 and self._part_tokens is not None and tokens > self._part_tokens:
+            return [self._in_parts(units[0], self._part_tokens)]
         return self._one_pass(units)
 
-    def _in_parts(self, unit: Unit) -> UnitLoss:
-        losses = [self._one_pass([part])[0] for part in split_unit(unit, self.tick_tokens)]
+    def _in_parts(self, unit: Unit, tokens: int) -> UnitLoss:
+        losses = [self._one_pass([part])[0] for part in split_unit(unit, tokens)]
         return UnitLoss(sum(one.summed for one in losses), sum(one.weighted for one in losses))
 
     def _one_pass(self, units: list[Unit]) -> list[UnitLoss]:
@@ -240,18 +246,21 @@ class Engine:
     def _shrink(
         self, units: list[Unit], owners: Sequence[_Running], error: torch.OutOfMemoryError
     ) -> None:
-        """Halve the tick; where a single row does not fit by itself, its job fails."""
-        tokens = sum(unit.tokens for unit in units)
+        """Halve the tick, or cut what did not fit alone; a row that does not fit fails its job."""
         if self.warm.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
-        longest = max(unit.longest for unit in units)
-        if len(units) == 1 and (len(units[0].rows) == 1 or self.tick_tokens < longest):
+        tokens = sum(unit.tokens for unit in units)
+        if len(units) > 1:
+            self.tick_tokens = tokens // 2
+        elif len(units[0].rows) == 1 or (self._part_tokens or tokens) <= units[0].longest:
             self._end(owners[0], _out_of_memory(error))
             return
-        self.tick_tokens = max(1, min(self.tick_tokens, tokens) // 2)
+        else:
+            self._part_tokens = min(self._part_tokens or tokens, tokens) // 2
         for running in owners:
             running.job.reporter.say(
-                f"Out of memory with {tokens} tokens in a pass: {self.tick_tokens} from now on",
+                f"Out of memory with {tokens} tokens in a pass: it is done in smaller ones from "
+                "now on",
                 level="warn",
             )
 
