@@ -138,7 +138,7 @@ def whole() -> list[str]:
 @pytest.mark.parametrize(
     "point", ["after_tmp_write", "after_manifest", "after_rename", "during_gc"]
 )
-@pytest.mark.parametrize("occurrence", [1, 2])
+@pytest.mark.parametrize("occurrence", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_at_a_named_place_of_a_save_it_ends_with_the_undisturbed_bytes(
     settings: Settings, make_task: MakeTask, make_ports: MakePorts, tmp_path: Path, point: str,
     occurrence: int, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any], whole: list[str],

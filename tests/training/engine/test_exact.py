@@ -194,7 +194,7 @@ def test_the_layers_backward_is_the_derivative_of_its_forward_with_dropout_in_bo
     whole = make_pass(units, 16, torch.device("cpu"))
     x = torch.randn(len(whole.ids), 64, generator=generator, dtype=torch.float64)
     x.requires_grad_()
-    with engine.warm.board.showing(whole.segments):
+    with engine.warm.board.showing(whole.segments, len(whole.ids)):
         y = site(x)
     upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     y.backward(upstream)
@@ -223,6 +223,73 @@ def test_the_layers_backward_is_the_derivative_of_its_forward_with_dropout_in_bo
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_grouped_tier_gives_what_the_loop_gives(
+    make_bench: Callable[..., Bench], dtype: str
+) -> None:
+    """Mixed ranks and targets, dropout, a slot with two units, one pass: losses and gradients."""
+    import torch
+
+    from llamahome.config import parse_training_config
+    from llamahome.training.engine.draws import DropKey
+    from llamahome.training.engine.passes import make_unit
+
+    bench = make_bench(dtype)
+    engine = bench.engine()
+    slots, units = [], []
+    for index, settings in enumerate(MIXED.values()):
+        config = parse_training_config(bench.spec(**settings).config, source="test")
+        slot = engine.warm.slot_for(config)
+        with torch.no_grad():
+            slot.weights.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+        slot.refresh()
+        slots.append(slot)
+        for micro in range(1 + (index == 1)):
+            drops = DropKey(index, 0, micro)
+            samples = [2 * index, 2 * index + 1]
+            rows = bench.data.training
+            unit = make_unit(slot, rows, samples, weight=0.1, learns=True, drops=drops)
+            units.append(unit)
+    found = {}
+    for tier in ("loop", "grouped"):
+        engine.warm.board.tier = tier  # type: ignore[assignment]
+        losses = [each.summed for each in engine.warm.run(units)]
+        found[tier] = (losses, [slot.gradient.clone() for slot in slots])
+        for slot in slots:
+            slot.gradient.zero_()
+    engine.close()
+
+    close = 1e-5 if dtype == "fp32" else 0.02
+    assert found["grouped"][0] == pytest.approx(found["loop"][0], rel=close)
+    for one, other in zip(found["grouped"][1], found["loop"][1], strict=True):
+        assert float((one - other).norm() / other.norm()) < close
+
+
+def test_in_the_grouped_tier_a_nan_stays_in_its_group_and_a_whole_run_learns_the_same(
+    bench: Bench,
+) -> None:
+    import torch
+
+    expected = bench.run(MIXED)
+    engine = bench.engine()
+    engine.warm.board.tier = "grouped"
+    ended: dict[str, Any] = {}
+    for name, settings in MIXED.items():
+        bench.admit(engine, name, ended, **settings)
+    bench.admit(engine, "poison", ended, seed=9, epochs=5)
+    poisoned = engine.slots()[-1]
+    engine.tick(wait=True)
+    with torch.no_grad():
+        poisoned.weights.fill_(float("nan"))
+    poisoned.refresh()
+    engine.run()
+    engine.close()
+
+    assert isinstance(ended["poison"], Exception)
+    for name in MIXED:
+        assert largest_gap(ended[name], expected[name]) < 1e-3, name
 
 
 def test_a_whole_run_learns_what_a_plain_loop_with_peft_learns(

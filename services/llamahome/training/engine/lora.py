@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -18,25 +18,44 @@ from transformers.pytorch_utils import Conv1D
 
 from llamahome.errors import OperatorError
 from llamahome.training.engine.draws import keep_mask
+from llamahome.training.engine.grouped import (
+    GroupedLora,
+    Grouping,
+    Stacks,
+    group,
+    is_worth_grouping,
+)
 from llamahome.training.engine.passes import Segment
 from llamahome.training.engine.slots import Pair, SiteShape
 
 
 class Board:
-    """What the layers of a base read while a pass goes through it: whose tokens lie where."""
+    """What the layers of a base read while a pass goes through it: whose tokens lie where.
 
-    def __init__(self, device: torch.device) -> None:
+    ``tier`` is ``loop`` (a slice and a product for each segment), ``grouped`` (grouped.py), or
+    ``auto``: grouped where that is faster.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         # Without an input that wants a gradient, autograd would not call the first backward.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.segments: tuple[Segment, ...] = ()
+        self.grouping: Grouping | None = None
+        self.tier: Literal["auto", "loop", "grouped"] = "auto"
+        self._device, self._dtype = device, dtype
 
     @contextmanager
-    def showing(self, segments: tuple[Segment, ...]) -> Iterator[None]:
+    def showing(self, segments: tuple[Segment, ...], rows: int) -> Iterator[None]:
+        """While the block lasts; ``rows`` are those of a pass, with what it is filled up with."""
         self.segments = segments
+        grouped = self.tier == "grouped" or (
+            self.tier == "auto" and is_worth_grouping(segments, self._device, self._dtype)
+        )
+        self.grouping = group(segments, rows, self._dtype) if grouped else None
         try:
             yield
         finally:
-            self.segments = ()
+            self.segments, self.grouping = (), None
 
 
 class LoraLinear:
@@ -47,6 +66,7 @@ class LoraLinear:
         self.module, self.board = module, board
         rows, columns = self.weight.shape
         self.shape = SiteShape(name, columns, rows)
+        self.stacks = Stacks(name, columns, rows)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -65,8 +85,28 @@ class LoraLinear:
                 f"layer {self.shape.name} is given {x.shape[:-1].numel()} of {segments[-1].end} "
                 "tokens: this kind of base is not supported"
             )
+        grouping = self.board.grouping
+        if grouping is not None:
+            grouped: torch.Tensor = GroupedLora.apply(x, self.board.anchor, self, grouping, bias)  # type: ignore[no-untyped-call]
+            return grouped
         y: torch.Tensor = _Lora.apply(x, self.board.anchor, self, segments, bias)  # type: ignore[no-untyped-call]
         return y
+
+    def mask(self, rows: int, device: torch.device) -> torch.Tensor | None:
+        """Dropout's mask over the whole pass, bool [rows, in]; None where nothing is dropped."""
+        name = self.shape.name
+        parts = [
+            _Part(self, segment)
+            for segment in self.board.segments
+            if name in segment.unit.slot.pairs
+        ]
+        if not any(part.drops for part in parts):
+            return None
+        whole = torch.ones(rows, self.shape.columns, dtype=torch.bool, device=device)
+        for part in parts:
+            if (mask := part.mask(device)) is not None:
+                whole[part.segment.start : part.segment.end] = mask
+        return whole
 
 
 class _Part:

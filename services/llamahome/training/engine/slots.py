@@ -54,6 +54,7 @@ class Slot:
         ``target_modules`` are the sites' names as PEFT's config has them.
         """
         self.target_modules = tuple(target_modules)
+        self.version = 0  # of the computing copy
         self.dropout = Dropout.of(lora.dropout)
         self.rank = lora.r
         self.scale = lora.alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
@@ -99,6 +100,7 @@ class Slot:
 
     def refresh(self) -> None:
         """Bring the computing copy up to date with the master weights."""
+        self.version += 1
         if self._compute is not self.weights.data and self._compute.dtype != self.weights.dtype:
             self._compute.copy_(self.weights.data)
 

@@ -44,7 +44,7 @@ class WarmBase:
         self.loaded = loaded
         self.model: Any = loaded.model
         self.block = row_block(loaded.device, threads)
-        self.board = Board(loaded.device)
+        self.board = Board(loaded.device, loaded.dtype)
         head = self.model.get_output_embeddings()
         self._sites: dict[str, LoraLinear] = {}
         for name, module in self.model.named_modules():
@@ -101,7 +101,7 @@ class WarmBase:
     def logits(self, units: Sequence[Unit]) -> list[torch.Tensor]:
         """The logits at each unit's labelled places, [N, vocabulary], without learning."""
         whole = make_pass(units, self.block, self.loaded.device)
-        with torch.no_grad(), self.board.showing(whole.segments):
+        with torch.no_grad(), self.board.showing(whole.segments, len(whole.ids)):
             if not self.packed:
                 return [self._alone(whole, segment).cpu() for segment in whole.segments]
             hidden = self._hidden(whole)[whole.places]
@@ -110,7 +110,7 @@ class WarmBase:
             return [logits[s.first_label : s.last_label].cpu() for s in whole.segments]
 
     def _packed(self, whole: Pass) -> torch.Tensor:
-        with self.board.showing(whole.segments):
+        with self.board.showing(whole.segments, len(whole.ids)):
             hidden = self._hidden(whole).index_select(0, whole.places)
             losses, gradient = self._head.losses(
                 hidden.detach(), whole.targets, whole.weights, self.block, learns=whole.learns
@@ -132,7 +132,7 @@ class WarmBase:
         """Each segment's rows alone, by the base's own forward."""
         losses = []
         for row in _rows_of(whole):
-            with self.board.showing(row.segments):
+            with self.board.showing(row.segments, len(row.ids)):
                 logits = self._alone(row, row.segments[0])
                 wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
                 each = functional.cross_entropy(logits.to(wide), row.targets, reduction="none")
