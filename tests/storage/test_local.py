@@ -145,6 +145,14 @@ def test_a_full_disk_is_unavailable_and_leaves_nothing_half_made(
     storage.publish(folder, "artifacts/x", kind="rows")
 
 
+def test_what_is_not_needed_is_not_read(storage: LocalStorage, folder: Path) -> None:
+    ref = storage.publish(folder, "artifacts/x", kind="rows")
+    (storage.root / "artifacts" / "x" / "b").unlink()
+    assert storage.fetch(ref, folder, only=["a"]).samefile(storage.root / "artifacts" / "x")
+    with pytest.raises(CorruptArtifact, match="not there"):
+        storage.fetch(ref, folder, only=["a", "b"])
+
+
 def test_an_adopted_folder_is_the_same_artifact_without_a_copy(
     storage: LocalStorage, folder: Path
 ) -> None:

@@ -132,6 +132,18 @@ def test_an_artifact_of_another_digest_is_corrupt(
         storage.fetch(wrong, tmp_path / "into")
 
 
+def test_only_the_files_that_are_needed_are_fetched_and_verified(
+    storage: Storage, folder: Path, tmp_path: Path
+) -> None:
+    ref = storage.publish(folder, "artifacts/a", kind="rows")
+    names = [entry.name for entry in storage.manifest("artifacts/a").files]
+    for number, name in enumerate(names):
+        into = storage.fetch(ref, tmp_path / f"into-{number}", only=[name])
+        assert (into / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(CorruptArtifact, match="not in the manifest"):
+        storage.fetch(ref, tmp_path / "none", only=["another"])
+
+
 def test_symlinks_and_devices_are_not_published(storage: Storage, folder: Path) -> None:
     (folder / "link").symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match="link is neither"):

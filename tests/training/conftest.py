@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -158,7 +158,7 @@ class RecordingPorts:
     def open(self, file: FileRef) -> BinaryIO:
         raise AssertionError("training opens no uploaded file")
 
-    def folder(self, artifact: ArtifactRef) -> Path:
+    def folder(self, artifact: ArtifactRef, only: Collection[str] | None = None) -> Path:
         return Path(artifact.path)
 
     def publish(self, folder: Path, kind: str) -> ArtifactRef:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +45,7 @@ class LocalPorts:
         self._on_event = on_event
         self._on_checkpoint = on_checkpoint
         self._should_stop = should_stop
-        self._fetched: dict[str, Path] = {}
+        self._fetched: dict[tuple[str, frozenset[str] | None], Path] = {}
         self.events: list[NewEvent] = []
         self.checkpoints: list[CheckpointRef] = []
         self.last_progress: tuple[int, int | None] | None = None
@@ -61,11 +61,12 @@ class LocalPorts:
             raise CorruptArtifact(f"{size} bytes are stored, not {file.bytes}", file=file.filename)
         return self._storage.open(file.path)
 
-    def folder(self, artifact: ArtifactRef) -> Path:
-        if artifact.digest not in self._fetched:
+    def folder(self, artifact: ArtifactRef, only: Collection[str] | None = None) -> Path:
+        key = artifact.digest, None if only is None else frozenset(only)
+        if key not in self._fetched:
             into = self._scratch / "inputs" / artifact.digest
-            self._fetched[artifact.digest] = self._storage.fetch(artifact, into)
-        return self._fetched[artifact.digest]
+            self._fetched[key] = self._storage.fetch(artifact, into, only=only)
+        return self._fetched[key]
 
     def publish(self, folder: Path, kind: str) -> ArtifactRef:
         """Checkpoints keep their folder's name, for there are many of them."""

@@ -26,7 +26,7 @@ from llamahome.conversations.tokenizer import (
 )
 from llamahome.conversations.tokens import TokenRowsWriter
 from llamahome.errors import Stopped
-from llamahome.preprocessing.base import LoadedBase, load_base
+from llamahome.preprocessing.base import LoadedBase, load_base, trim_heap
 from llamahome.preprocessing.report import nothing_left, preparation_report, tell
 from llamahome.preprocessing.shard import DROPPED_NAME
 from llamahome.preprocessing.shards import Digests, Rows, Shard, proven_shards
@@ -47,7 +47,9 @@ def close(task: StageTask, ports: Ports) -> StageResult:
     base, config = load_base(task), task.spec.config
     shards = proven_shards(task, ports)
     rows = Rows(shards)
+    trim_heap()  # of many rows, what it took to sort them is as much as what is kept
     split = _split(rows, Digests(shards), task.spec)
+    trim_heap()
     folder = ports.scratch / "prepared"
     folder.mkdir()
     _write_dropped(folder / DROPPED_NAME, shards)

@@ -104,7 +104,8 @@ def _write(task: StageTask, ports: Ports, folder: Path, path: RowPath) -> JsonOb
     source = rows_of_plan(task)
     assert source.artifact is not None, "a validation shard always has an artifact"
     # A file that cannot be cut is one validation shard, whose rows are in pieces.
-    rows_path = ports.folder(source.artifact) / task.plan.get("piece", ROWS_NAME)
+    name = task.plan.get("piece", ROWS_NAME)
+    rows_path = ports.folder(source.artifact, only=[name]) / name
     rows_in = int(task.plan.get("piece_rows") or source.summary["rows"])
     folder.mkdir()
     shard = _Shard(task, path, source.summary["index"])

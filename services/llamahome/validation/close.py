@@ -31,13 +31,22 @@ from llamahome.schemas import (
 )
 from llamahome.validation.duplicates import Duplicates, find_duplicates
 from llamahome.validation.page import report_page
-from llamahome.validation.shard import COUNTS_NAME, REJECTED_NAME, piece_name
+from llamahome.validation.shard import (
+    COUNTS_NAME,
+    HASHES_NAME,
+    LINES_NAME,
+    REJECTED_NAME,
+    piece_name,
+)
 
 REPORT_NAME = "report.json"
 PAGE_NAME = "report.md"
 QUARANTINE_NAME = "quarantine.jsonl"
 DUPLICATES_NAME = "duplicates.json"
 EXAMPLES = 20
+_REMEDY = "Correct them; `llamahome validate FILE` tells what is wrong with each"
+# The rows themselves are not read again.
+_READ = (COUNTS_NAME, REJECTED_NAME, HASHES_NAME, LINES_NAME)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,10 +98,11 @@ def _shards(task: StageTask, ports: Ports) -> list[Shard]:
         assert output.artifact is not None, "a validation shard always has an artifact"
         facts = output.summary
         place = (facts["split"], facts["index"])
+        folder = ports.folder(output.artifact, only=_READ)
         shards.append(
             Shard(
                 number=output.shard, split=facts["split"], index=facts["index"],
-                rows=facts["rows"], first_line=lines[place], folder=ports.folder(output.artifact),
+                rows=facts["rows"], first_line=lines[place], folder=folder,
                 pieces=tuple(facts.get("pieces", ())),
             )
         )  # fmt: skip
@@ -182,7 +192,9 @@ def _check(report: ValidationReport, spec: JobSpec) -> None:
     first = _first_problem(report)
     training = report.files[: len(spec.training_files)]
     if report.valid == 0:
-        raise InvalidData(f"none of {report.total} rows is valid{first}", file=training[0].file)
+        raise InvalidData(
+            f"none of {report.total} rows is valid{first}", file=training[0].file, remedy=_REMEDY
+        )
     share = spec.config["max_invalid_share"]
     # The 1e-9 undoes binary fractions: 0.29 of 100 rows are 29.
     if bad > share * report.total + 1e-9:
@@ -201,7 +213,7 @@ def _check(report: ValidationReport, spec: JobSpec) -> None:
     if validation and not any(counts.valid for counts in validation):
         raise InvalidData(
             f"none of {sum(counts.total for counts in validation)} validation rows is valid{first}",
-            code="invalid_validation_file", file=validation[0].file,
+            code="invalid_validation_file", file=validation[0].file, remedy=_REMEDY,
         )  # fmt: skip
 
 

@@ -98,20 +98,21 @@ class ChatTokenizer:
         self, document: JsonObject, config: Mapping[str, Any], markers: MarkerIds | None = None
     ) -> None:
         """Raises InvalidConfig where the tokenizer cannot be read."""
-        # The post-processor would only trim offsets here, and templates write bos themselves.
-        plain = {**document, "truncation": None, "padding": None, "post_processor": None}
-        try:
-            tokenizer = Tokenizer.from_str(json.dumps(plain))
-        except Exception as error:  # the library raises bare Exception
-            raise InvalidConfig(
-                f"the tokenizer cannot be read: {error}", code="invalid_base", file=TOKENIZER_JSON
-            ) from None
+        self._build(_plain_tokenizer(document), document.get("post_processor"), config, markers)
+
+    def _build(
+        self,
+        tokenizer: Tokenizer,
+        post_processor: JsonObject | None,
+        config: Mapping[str, Any],
+        markers: MarkerIds | None,
+    ) -> None:
         self.named = _named_tokens(config)
         _add_missing(tokenizer, config, self.named)
         self._tokenizer = tokenizer
         self._text = tokenizer.to_str()
         self.markers = markers
-        self.around = around_text(tokenizer, document.get("post_processor"), self.named)
+        self.around = around_text(tokenizer, post_processor, self.named)
         self.templates = _templates(config)
         self.added = tuple(
             AddedName(
@@ -123,11 +124,12 @@ class ChatTokenizer:
             )
             for id, token in sorted(tokenizer.get_added_tokens_decoder().items())
         )
-        self.unknown = _unknown(json.loads(self._text)["model"])
+        whole = json.loads(self._text)
+        self.unknown = _unknown(whole["model"])
         found = tokenizer.token_to_id(self.unknown) if self.unknown else None
         self.unknown_id = -1 if found is None else found
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-        identity = json.dumps([json.loads(self._text), self.named], sort_keys=True)
+        identity = json.dumps([whole, self.named], sort_keys=True)
         self.digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
 
     @classmethod
@@ -138,13 +140,20 @@ class ChatTokenizer:
         """
         files = {path.name: path for path in tokenizer_files(base_dir)}
         names = _read_json(files[_NAMES_JSON]) if _NAMES_JSON in files else {}
+        ids = None
         if markers:
             document, config, ids = marked_files(base_dir)
-            return cls(document, names | config, ids)
-        config = names | (_read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {})
-        if TEMPLATE_FILE in files:
-            config["chat_template"] = _read(files[TEMPLATE_FILE])
-        return cls(_read_json(files[TOKENIZER_JSON]), config)
+            config = names | config
+        else:
+            document = _read_json(files[TOKENIZER_JSON])
+            config = names | (_read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {})
+            if TEMPLATE_FILE in files:
+                config["chat_template"] = _read(files[TEMPLATE_FILE])
+        tokenizer, post_processor = _plain_tokenizer(document), document.get("post_processor")
+        del document  # some 50 MB for a large vocabulary, and there is another one to come
+        found = cls.__new__(cls)
+        found._build(tokenizer, post_processor, config, ids)
+        return found
 
     def encode(self, text: str) -> Encoding:
         """Ids and character offsets of ``text``, with every added token recognised."""
@@ -204,6 +213,17 @@ class ChatTokenizer:
                 code="invalid_base", field="chat_template",
             )  # fmt: skip
         return self.templates["default"]
+
+
+def _plain_tokenizer(document: JsonObject) -> Tokenizer:
+    """Without its post-processor: that would only trim offsets, and templates write bos."""
+    plain = {**document, "truncation": None, "padding": None, "post_processor": None}
+    try:
+        return Tokenizer.from_str(json.dumps(plain))
+    except Exception as error:  # the library raises bare Exception
+        raise InvalidConfig(
+            f"the tokenizer cannot be read: {error}", code="invalid_base", file=TOKENIZER_JSON
+        ) from None
 
 
 def other_name(token: str) -> str:

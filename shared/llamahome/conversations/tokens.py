@@ -229,14 +229,10 @@ def read_token_rows(path: Path) -> TokenRows:
     arrays = {name: _map(path, mapped, header, name, code, start) for name, code in _LAYOUT}
     _check(path, arrays)
     return TokenRows(
-        ids=arrays["ids"],
-        offsets=arrays["offsets"],
-        packed=arrays["trained"],
-        source_file=arrays["source_file"],
-        source_line=arrays["source_line"],
-        metadata=metadata if isinstance(metadata, dict) else {},
-        mapped=mapped,
-    )
+        ids=arrays["ids"], offsets=arrays["offsets"], packed=arrays["trained"],
+        source_file=arrays["source_file"], source_line=arrays["source_line"],
+        metadata=metadata if isinstance(metadata, dict) else {}, mapped=mapped,
+    )  # fmt: skip
 
 
 def _header(sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
@@ -294,11 +290,8 @@ def _check(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         raise CorruptArtifact(
             f"offsets do not cover {tokens} tokens in order", file=path.name, field="offsets"
         )
-    for name, expected in (
-        ("trained", math.ceil(tokens / 8)),
-        ("source_file", rows),
-        ("source_line", rows),
-    ):
+    sizes = {"trained": math.ceil(tokens / 8), "source_file": rows, "source_line": rows}
+    for name, expected in sizes.items():
         if len(arrays[name]) != expected:
             raise CorruptArtifact(
                 f"{len(arrays[name])} elements, expected {expected}", file=path.name, field=name

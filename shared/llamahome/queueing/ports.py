@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,8 +51,9 @@ class FleetPorts:
     def open(self, file: FileRef) -> BinaryIO:
         return self._storage.open(file.path)
 
-    def folder(self, artifact: ArtifactRef) -> Path:
-        return self._storage.fetch(artifact, self._scratch / "inputs" / artifact.digest)
+    def folder(self, artifact: ArtifactRef, only: Collection[str] | None = None) -> Path:
+        into = self._scratch / "inputs" / artifact.digest
+        return self._storage.fetch(artifact, into, only=only)
 
     def publish(self, folder: Path, kind: str) -> ArtifactRef:
         adopt = kind in ADOPTED_KINDS

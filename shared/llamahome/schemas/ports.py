@@ -6,7 +6,7 @@ few calls, so the queue workers, the one-machine facade and the tests run the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -38,8 +38,11 @@ class Ports(Protocol):
         """A seekable stream of an uploaded file. Raises Unavailable or CorruptArtifact."""
         ...
 
-    def folder(self, artifact: ArtifactRef) -> Path:
-        """A local folder with the artifact's verified files; read-only. Raises CorruptArtifact."""
+    def folder(self, artifact: ArtifactRef, only: Collection[str] | None = None) -> Path:
+        """A local folder with the artifact's verified files; read-only. Raises CorruptArtifact.
+
+        ``only`` names the files that are needed; others are not verified and may be missing.
+        """
         ...
 
     def publish(self, folder: Path, kind: str) -> ArtifactRef:

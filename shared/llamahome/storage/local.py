@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -89,12 +89,14 @@ class LocalStorage:
             shutil.rmtree(temporary, ignore_errors=True)
         return manifests.artifact_ref(manifest, path)
 
-    def fetch(self, artifact: ArtifactRef, into: Path) -> Path:
+    def fetch(
+        self, artifact: ArtifactRef, into: Path, *, only: Collection[str] | None = None
+    ) -> Path:
         """The storage's own folder, after every file was verified; ``into`` is not used."""
         final = self._real(artifact.path)
         with _storage_errors(artifact.path):
             manifest = manifests.agreed_manifest(self._read_manifest(final), artifact)
-            for entry in manifest.files:
+            for entry in manifests.entries_of(manifest, only, artifact.path):
                 try:
                     with manifests.open_regular(
                         self._real(f"{artifact.path}/{entry.name}")

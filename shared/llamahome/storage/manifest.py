@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -126,6 +126,20 @@ def agreed_manifest(raw: bytes, artifact: ArtifactRef) -> Manifest:
             file=artifact.path,
         )
     return parse_manifest(raw, artifact.path)
+
+
+def entries_of(
+    manifest: Manifest, only: Collection[str] | None, path: str
+) -> tuple[ManifestEntry, ...]:
+    """Those of the files named in ``only``, None for all. Raises CorruptArtifact where one is none
+    of the artifact's.
+    """
+    if only is None:
+        return manifest.files
+    found = tuple(entry for entry in manifest.files if entry.name in only)
+    if missing := sorted(set(only) - {entry.name for entry in found}):
+        raise CorruptArtifact("not in the manifest", file=f"{path}/{missing[0]}")
+    return found
 
 
 def check_entry(entry: ManifestEntry, found: tuple[int, str], path: str) -> None:

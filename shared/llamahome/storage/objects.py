@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -74,14 +74,16 @@ class ObjectStorage:
             raise manifests.other_content(path, found.digest, wanted.digest)
         return wanted
 
-    def fetch(self, artifact: ArtifactRef, into: Path) -> Path:
+    def fetch(
+        self, artifact: ArtifactRef, into: Path, *, only: Collection[str] | None = None
+    ) -> Path:
         """``into`` with the verified files; removed again when one does not agree."""
         raw = self._published(artifact.path)
         if raw is None:
             raise NotFound("not in the storage", file=artifact.path)
         manifest = manifests.agreed_manifest(raw, artifact)
         try:
-            for entry in manifest.files:
+            for entry in manifests.entries_of(manifest, only, artifact.path):
                 self._fetch_file(f"{artifact.path}/{entry.name}", into / entry.name)
                 with manifests.open_regular(into / entry.name) as source:
                     manifests.check_entry(entry, manifests.hash_stream(source), artifact.path)

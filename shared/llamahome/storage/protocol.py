@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -55,9 +56,12 @@ class Storage(Protocol):
         """
         ...
 
-    def fetch(self, artifact: ArtifactRef, into: Path) -> Path:
+    def fetch(
+        self, artifact: ArtifactRef, into: Path, *, only: Collection[str] | None = None
+    ) -> Path:
         """A local folder with the artifact's verified files, to be read only.
 
+        ``only`` names the files that are needed: others are not verified and may not be there.
         It may be ``into`` or a folder of the storage's own. Raises CorruptArtifact, NotFound,
         Unavailable.
         """
