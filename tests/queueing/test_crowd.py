@@ -93,6 +93,21 @@ def test_jobs_of_one_base_are_at_work_at_once(
     assert [ledger.job(job).state for job in jobs] == [JobState.succeeded] * 3
 
 
+def test_the_warm_base_and_the_free_slots_are_told(
+    make_runner: MakeRunner, settings: Settings, ready: Callable[..., str]
+) -> None:
+    told: list[tuple[str, int]] = []
+    runner = make_runner(Stage.training, Together(2))
+    for name in "ab":
+        ready(name)
+
+    Crowd(runner, 4, settings, lambda base, free: told.append((base, free))).work()
+
+    assert told[0] == ("tiny", 3)
+    assert ("tiny", 2) in told
+    assert told[-1] == ("tiny", 4)
+
+
 def test_there_are_never_more_than_slots(
     ledger: Ledger, make_crowd: MakeCrowd, ready: Callable[..., str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -22,11 +23,18 @@ _DRAIN_SLACK_SECONDS = 10.0  # beyond the engine's own, for handing the runs bac
 class Crowd:
     """Claims runs of one base while slots are free, and works on each in a thread of its own.
 
-    Which base is warm decides what is claimed: see :meth:`Ledger.claim`.
+    Which base is warm decides what is claimed: see :meth:`Ledger.claim`. ``tell`` is given that
+    base and the number of free slots whenever one of them changes.
     """
 
-    def __init__(self, runner: StageRunner, slots: int, settings: Settings) -> None:
-        self._runner, self._slots, self._settings = runner, slots, settings
+    def __init__(
+        self,
+        runner: StageRunner,
+        slots: int,
+        settings: Settings,
+        tell: Callable[[str, int], None] = lambda base, free_slots: None,
+    ) -> None:
+        self._runner, self._slots, self._settings, self._tell = runner, slots, settings, tell
         self._changed = threading.Condition()
         self._running: dict[str, LeaseKeeper | None] = {}
         self._alone = False
@@ -63,6 +71,7 @@ class Crowd:
             )
             thread.start()
             started += 1
+            self._tell_now()
         return started
 
     def _claim(self) -> Claim | None:
@@ -89,6 +98,12 @@ class Crowd:
             with self._changed:
                 del self._running[claim.run_id]
                 self._changed.notify_all()
+            self._tell_now()
+
+    def _tell_now(self) -> None:
+        with self._changed:
+            free = self._slots - len(self._running)
+        self._tell(self._warm_base or "", free)
 
     def _drain(self) -> None:
         """Ask every run at work to save and stop, and wait until it has been handed back."""

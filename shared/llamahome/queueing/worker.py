@@ -185,7 +185,13 @@ def _start_child(
         settings=settings,
         worker=presence.id,
     )
-    child.work = Crowd(runner, slots, settings).work if slots > 1 else runner.work
+    child.work = runner.work
+    if slots > 1:
+        crowd = Crowd(
+            runner, slots, settings,
+            lambda base, free: presence.inform(base=base, free_slots=free),
+        )  # fmt: skip
+        child.work = crowd.work
     child.set_state = presence.state
     child.close = stack.close
     # A doorbell rung while nobody was there may be gone; a worker that begins looks for itself.
