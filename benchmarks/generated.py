@@ -63,8 +63,8 @@ class _Words:
         return messages
 
 
-def make_data(folder: Path, rows: int) -> None:
-    """``base/`` with a tokenizer of 32,000 tokens and a template, and ``rows.jsonl``."""
+def make_data(folder: Path, rows: int, *, vocabulary: int = 32_000) -> None:
+    """``base/`` with a tokenizer of so many tokens and a template, and ``rows.jsonl``."""
     words = _Words(1)
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -75,7 +75,7 @@ def make_data(folder: Path, rows: int) -> None:
     tokenizer.train_from_iterator(
         (words.sentences(10) for _ in range(4000)),
         trainers.BpeTrainer(
-            vocab_size=32_000, show_progress=False,
+            vocab_size=vocabulary, show_progress=False,
             special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),

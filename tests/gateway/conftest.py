@@ -45,6 +45,7 @@ ROW = {
         {"role": "assistant", "content": "Paris."},
     ]
 }
+LORA = {"r": 6, "lora_alpha": 12, "target_modules": ["v_proj", "q_proj"], "use_rslora": True}
 STAGE_OF = {
     JobState.accepted: Stage.validation,
     JobState.validating: Stage.validation,
@@ -258,7 +259,8 @@ def _result(claim: Claim, storage: Storage, tmp_path: Path) -> StageResult:
     if where == (Stage.validation, Step.close):
         return StageResult(next_plans=({"split": "training", "rows": 0, "index": 0},))
     if task.stage is Stage.training:
-        content = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
+        config = json.dumps({"peft_type": "LORA", **LORA}).encode()
+        content = {"adapter_model.safetensors": b"weights", "adapter_config.json": config}
         adapter = _publish(storage, tmp_path, claim, "adapter", content)
         summary = {"trained_tokens": 345, "report": _report(task.job_id).model_dump(mode="json")}
         return StageResult(artifact=adapter, summary=summary)

@@ -48,7 +48,7 @@ class Bench:
         """Admit a job; its end lands in ``ended[name]``. Returns its ports."""
         from llamahome.config import parse_training_config
 
-        data = settings.pop("data", self.data)
+        data, watch = settings.pop("data", self.data), settings.pop("watch", None)
         spec = self.spec(**settings)
         ports = self.ports(f"{name}-{next(_NUMBERS)}")
 
@@ -56,7 +56,7 @@ class Bench:
             ended[name] = outcome
 
         config = parse_training_config(spec.config, source="test")
-        engine.admit(spec, config, data, ports, engine.machine, end)
+        engine.admit(spec, config, data, ports, engine.machine, end, watch=watch)
         return ports
 
     def run(self, jobs: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Outcome]:

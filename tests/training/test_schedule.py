@@ -7,7 +7,13 @@ import pytest
 
 from llamahome.config import TrainingConfig
 from llamahome.training.data import epoch_order
-from llamahome.training.schedule import Plan, checkpoint_due, evaluation_due, learning_rate
+from llamahome.training.schedule import (
+    Due,
+    Plan,
+    due_after_epoch,
+    due_after_step,
+    learning_rate,
+)
 
 
 def config(**changes: object) -> TrainingConfig:
@@ -83,11 +89,15 @@ def test_a_run_shorter_than_its_warm_up_still_learns() -> None:
     assert learning_rate(0, 1, config(learning_rate=1.0, warmup_steps=100)) == 0.01
 
 
+def due_after(step: int, plan: Plan, settings: TrainingConfig) -> Due:
+    return due_after_step(step, step, plan, settings) | due_after_epoch(step, plan, settings)
+
+
 def test_evaluations_are_at_the_start_at_each_epoch_and_at_the_end() -> None:
     plan = Plan(rows=11, batch_size=2, accumulation=2, epochs=2, seed=7)
 
     def due(settings: TrainingConfig) -> list[int]:
-        return [step for step in range(7) if evaluation_due(step, plan, settings)]
+        return [step for step in range(7) if due_after(step, plan, settings).evaluate]
 
     assert due(config()) == [0, 3, 6]
     assert due(config(eval_steps=4)) == [0, 4, 6]
@@ -97,7 +107,7 @@ def test_checkpoints_are_at_each_epoch_or_every_so_many_steps_and_at_the_end() -
     plan = Plan(rows=11, batch_size=2, accumulation=2, epochs=2, seed=7)
 
     def due(settings: TrainingConfig) -> list[int]:
-        return [step for step in range(7) if checkpoint_due(step, plan, settings)]
+        return [step for step in range(7) if due_after(step, plan, settings).save]
 
     assert due(config()) == [3, 6]
     assert due(config(checkpointing={"save_strategy": "steps", "save_steps": 4})) == [4, 6]

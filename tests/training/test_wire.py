@@ -29,6 +29,7 @@ def test_the_messages_are_frozen() -> None:
 
     assert fields == {
         "Admit": [
+            "adapter",
             "data",
             "device",
             "job",

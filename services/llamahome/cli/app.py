@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llamahome.cli import data, fleet, jobs, machine, models, processes
+from llamahome.cli import data, fleet, jobs, machine, models, processes, train
 from llamahome.cli.exits import report
 from llamahome.cli.output import put
 
@@ -44,6 +44,7 @@ def llamahome(
 
 app.command("up")(machine.up)
 app.command("demo")(machine.demo)
+app.command("train")(train.train)
 app.command("submit")(jobs.submit)
 app.command("validate")(data.validate)
 app.command("inspect")(data.inspect)

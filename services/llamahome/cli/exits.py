@@ -11,6 +11,7 @@ code meaning
 130  Ctrl-C
 ==== =========================================================================
 
+`train` ends with 2 for everything given that cannot be used, and with 1 for a full disk.
 Every error is one line on stderr: ``error: place: message. remedy``.
 """
 
@@ -47,6 +48,14 @@ class MissingExtra(InvalidConfig):
     default_code = "missing_extra"
 
 
+class EndedWith(Exception):
+    """An error whose exit code the command itself decides."""
+
+    def __init__(self, error: Exception, code: int) -> None:
+        super().__init__(str(error))
+        self.error, self.code = error, code
+
+
 def missing_modules(extra: str) -> list[str]:
     """The modules of ``extra`` that cannot be found; none of them is imported."""
     return [name for name in _EXTRAS[extra] if importlib.util.find_spec(name) is None]
@@ -61,6 +70,8 @@ def require(extra: str) -> None:
 
 def exit_code(error: BaseException) -> int:
     """The exit code of an error that ended a command."""
+    if isinstance(error, EndedWith):
+        return error.code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return INTERRUPTED
     if isinstance(error, MissingExtra) or _is_usage(error):
@@ -81,6 +92,8 @@ def report(error: BaseException, *, debug: bool, stderr_is_log: bool = False) ->
     if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name)):
         error = _missing_extra(extra, [str(error.name)])
     code = exit_code(error)
+    if isinstance(error, EndedWith):
+        error = error.error
     if code == INTERRUPTED:
         return code
     shown = debug or (stderr_is_log and not _is_expected(error))

@@ -21,7 +21,9 @@ def submit(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="Conversations, JSONL (or a file id).")
     ],
-    base: Annotated[str, typer.Option(metavar="NAME", help="A registered base (see `models`).")],
+    base: Annotated[
+        str, typer.Option(metavar="NAME", help="A base or fine-tuned model (see `models`).")
+    ],
     validation: Annotated[
         str | None, typer.Option(metavar="FILE", help="Validation conversations, JSONL.")
     ] = None,

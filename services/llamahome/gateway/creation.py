@@ -62,7 +62,7 @@ class JobCreation:
         submission_id = _given_id(attempt)
         if submission_id is None:
             return self._create_by_body(attempt)
-        wish = wish_of(attempt.body)
+        wish = self._wish(attempt)
         # Before the admission's checks: a repeated request is answered even at a full quota.
         first = self._ledger.job_by_submission(attempt.tenant, submission_id)
         if first is None:
@@ -83,7 +83,7 @@ class JobCreation:
                     _, newest = self._taken(attempt.tenant, digest, window - 1)
                 if newest is not None and newest.created_at > now - names.RETRY_WINDOW_SECONDS:
                     return newest, True
-            wish = wish_of(attempt.body)
+            wish = self._wish(attempt)
             while True:
                 submission_id = _body_id(digest, window, taken)
                 job, created = self._submit(attempt, wish, submission_id)
@@ -125,21 +125,21 @@ class JobCreation:
             metadata=body.metadata or {},
             min_examples=names.MIN_EXAMPLES,
         )
-        try:
+        with _wrong_names_as_values():
             return self._admission.submit(
                 attempt.tenant, wanted, kind="http", submission_id=submission_id
             )
-        except NotFound as error:
-            # Within a create, a wrong name is a wrong value (400), not a missing page (404).
-            raise InvalidConfig(
-                error.message, code=error.code, field=error.place.field, remedy=error.remedy
-            ) from None
+
+    def _wish(self, attempt: Attempt) -> Wish:
+        with _wrong_names_as_values():
+            start = self._admission.start(attempt.tenant, attempt.body.model)
+        return wish_of(attempt.body, start)
 
     def _require_same(self, attempt: Attempt, wish: Wish, first: Job) -> None:
         """Raise unless the request asks for what made ``first``, field by field."""
         body, spec = attempt.body, first.spec
         pairs: dict[str, tuple[object, object]] = {
-            "model": (body.model, spec.base.name),
+            "model": (body.model, spec.adapter_name or spec.base.name),
             "suffix": (body.suffix, spec.suffix),
             "metadata": (body.metadata or {}, spec.metadata),
             "config": (wish.effective.model_dump(mode="json"), spec.config),
@@ -171,6 +171,17 @@ class JobCreation:
             return self._ledger.file(file_id, tenant).sha256 == refs[0].sha256
         except NotFound:
             return False
+
+
+@contextlib.contextmanager
+def _wrong_names_as_values() -> Iterator[None]:
+    """Within a create, a wrong name is a wrong value (400), not a missing page (404)."""
+    try:
+        yield
+    except NotFound as error:
+        raise InvalidConfig(
+            error.message, code=error.code, field=error.place.field, remedy=error.remedy
+        ) from None
 
 
 class KeyedLocks:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamahome.errors import NotFound
-from llamahome.gateway import names
 from llamahome.gateway.deps import GatewayDeps
 from llamahome.gateway.objects import Listing, ModelObject
-from llamahome.gateway.views import base_object, fine_tuned_name, fine_tuned_object
+from llamahome.gateway.views import base_object, fine_tuned_object
+from llamahome.queueing.models import FINE_TUNED_PREFIX, fine_tuned_job
 from llamahome.schemas import Job, JobState
 
 _PAGE = 1000
@@ -25,16 +24,9 @@ class Models:
 
     def get(self, tenant: str, name: str) -> ModelObject:
         """Raises NotFound (code ``model_not_found``)."""
-        if not name.startswith(names.FINE_TUNED_PREFIX):
+        if not name.startswith(FINE_TUNED_PREFIX):
             return base_object(self._ledger.base(name))
-        job_id = names.JOB_ID_PREFIX + name.rpartition(":")[2]
-        try:
-            job = self._ledger.job(job_id, tenant)
-        except NotFound:
-            raise _no_model(name) from None
-        if job.state is not JobState.succeeded or fine_tuned_name(job) != name:
-            raise _no_model(name)
-        return fine_tuned_object(job)
+        return fine_tuned_object(fine_tuned_job(self._ledger, tenant, name))
 
     def _succeeded(self, tenant: str) -> Iterator[Job]:
         after: str | None = None
@@ -43,10 +35,3 @@ class Models:
             jobs, more = self._ledger.jobs(tenant, after=after, limit=_PAGE)
             yield from (job for job in jobs if job.state is JobState.succeeded)
             after = jobs[-1].id if jobs else None
-
-
-def _no_model(name: str) -> NotFound:
-    return NotFound(
-        f"The model {name!r} does not exist", code="model_not_found", field="model",
-        remedy="GET /v1/models lists those there are",
-    )  # fmt: skip

@@ -15,8 +15,6 @@ PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 FINE_TUNE = "fine-tune"
 
 EVENT_ID_PREFIX = "ftevent-"
-JOB_ID_PREFIX = "ftjob-"
-FINE_TUNED_PREFIX = "ft:"
 
 # Submission ids of these forms are made here, so callers may not choose them.
 KEY_SUBMISSION_PREFIX = "idempotency-key:"

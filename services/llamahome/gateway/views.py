@@ -19,6 +19,7 @@ from llamahome.gateway.objects import (
     ProgressObject,
     SupervisedObject,
 )
+from llamahome.queueing.models import fine_tuned_name
 from llamahome.schemas import (
     Base,
     CheckpointRef,
@@ -65,7 +66,7 @@ class JobViews:
             id=job.id,
             created_at=int(job.created_at),
             finished_at=_seconds(job.finished_at),
-            model=spec.base.name,
+            model=spec.adapter_name or spec.base.name,
             fine_tuned_model=fine_tuned_name(job) if job.state is JobState.succeeded else None,
             organization_id=job.tenant,
             status=_STATUS.get(job.state, str(job.state)),
@@ -116,13 +117,6 @@ class JobViews:
             except InvalidConfig:
                 self._rates[base] = None
         return self._rates[base]
-
-
-def fine_tuned_name(job: Job) -> str:
-    """``ft:<base>:<tenant>:<suffix>:<id>``; the last part finds the job again."""
-    spec = job.spec
-    tail = job.id.removeprefix(names.JOB_ID_PREFIX)
-    return f"{names.FINE_TUNED_PREFIX}{spec.base.name}:{job.tenant}:{spec.suffix or ''}:{tail}"
 
 
 def current_stage(job: Job, runs: Sequence[Run]) -> Stage | None:

@@ -10,10 +10,10 @@ from llamahome.config import (
     load_recipe,
     merge,
     parse_training_config,
-    resolve_training_config,
 )
 from llamahome.errors import InvalidConfig, NotFound
 from llamahome.gateway.requests import CreateJob, Hyperparameters
+from llamahome.queueing.models import Start, effective_config
 from llamahome.schemas import JsonObject
 
 # Where each hyperparameter stands in the training configuration.
@@ -36,16 +36,16 @@ class Wish:
     effective: TrainingConfig
 
 
-def wish_of(body: CreateJob) -> Wish:
+def wish_of(body: CreateJob, start: Start) -> Wish:
     """The training settings a request asks for, "auto" being the effective configuration's value.
 
     A learning rate multiplier multiplies the configuration's learning rate. Rows that cannot be
     used fail the job (``max_invalid_share`` 0), unless the request or its recipe allows some.
-    Raises InvalidConfig with the parameter at fault.
+    ``start`` is what the request's model names. Raises InvalidConfig with the parameter at fault.
     """
     wanted = _one_set(body)
     layer = _laid_over(body, wanted)
-    effective = _resolved(body, layer)
+    effective = _resolved(body, layer, start)
     set_here: JsonObject = {}
     if wanted.learning_rate_multiplier is not None:
         set_here["learning_rate"] = effective.learning_rate * wanted.learning_rate_multiplier
@@ -103,11 +103,9 @@ def _at(layer: JsonObject, path: tuple[str, ...]) -> Any:
     return value
 
 
-def _resolved(body: CreateJob, layer: JsonObject) -> TrainingConfig:
+def _resolved(body: CreateJob, layer: JsonObject, start: Start) -> TrainingConfig:
     try:
-        return resolve_training_config(
-            model_name=body.model, recipe=body.recipe, layers=[("config", layer)]
-        )
+        return effective_config(start, body.recipe, layer)
     except NotFound as error:
         raise InvalidConfig(
             error.message, code=error.code, remedy=error.remedy, field="recipe"

@@ -24,7 +24,7 @@ from llamahome.local.record import RunRecord
 
 LOCK_NAME = ".lock"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 class OutFolder:
@@ -59,7 +59,7 @@ class OutFolder:
             shutil.rmtree(self.earlier, ignore_errors=True)
             self.work.rename(self.earlier)
             aside = True
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._sweep()
         self.scratch.mkdir(parents=True)
         record.write(self._record)
         return aside
@@ -70,9 +70,17 @@ class OutFolder:
             path.chmod(0o755 if path.is_dir() else 0o644)
         published.rename(self.adapter)
         _sync(self.root)
-        for name in ("scratch", "artifacts", "outputs.json"):
+        self._sweep()
+        for name in ("artifacts", "outputs.json"):
             _remove(self.work / name)
         _remove(self.earlier)
+
+    def _sweep(self) -> None:
+        """Remove what a run had in hand when it ended or was killed."""
+        _remove(self.scratch)
+        for name in ("adapter", ".tmp-*"):
+            for left in self.work.glob(f"jobs/*/runs/*/f*/{name}"):
+                _remove(left)
 
     def keep_quarantine(self, source: Path) -> None:
         if source.is_file() and source.stat().st_size:
@@ -134,7 +142,7 @@ def _lock(root: Path) -> tuple[int, bool]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 return handle, False
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
             os.close(handle)

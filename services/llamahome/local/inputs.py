@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from llamahome.config import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    EarlierAdapter,
+    read_adapter_config,
+)
 from llamahome.errors import InvalidData, NotFound
-from llamahome.schemas import FileRef
+from llamahome.schemas import ArtifactRef, FileRef, ManifestEntry
 from llamahome.storage import LocalStorage, hash_stream
+from llamahome.storage.manifest import artifact_ref, build_manifest
 
 
 class Input(NamedTuple):
@@ -18,6 +25,36 @@ class Input(NamedTuple):
     ref: FileRef
     place: Path
     changed_at: int
+
+
+class AdapterInput(NamedTuple):
+    """A folder with an adapter to go on from, as it was when it was hashed."""
+
+    ref: ArtifactRef
+    place: Path
+    earlier: EarlierAdapter
+
+
+def read_adapter(folder: Path) -> AdapterInput:
+    """An adapter as PEFT saves one; of its folder, the weights and the config count.
+
+    Raises NotFound where one of them is missing, InvalidConfig where it cannot be gone on from,
+    OSError.
+    """
+    entries = []
+    for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise NotFound(
+                f"holds no {name}", file=str(folder), code="adapter_not_found",
+                remedy="Name the folder of an adapter with safetensors weights, as PEFT saves it",
+            )  # fmt: skip
+        with (folder / name).open("rb") as stream:
+            size, sha256 = hash_stream(stream)
+        entries.append(ManifestEntry(name=name, bytes=size, sha256=sha256))
+    ref = artifact_ref(build_manifest("adapter", entries, None), "inputs/adapter")
+    place = folder.resolve()
+    earlier = read_adapter_config((place / ADAPTER_CONFIG_NAME).read_bytes(), place.name)
+    return AdapterInput(ref, place, earlier)
 
 
 def read_inputs(files: Sequence[Path], split: str) -> list[Input]:
@@ -58,10 +95,14 @@ def _read(path: Path, name: str, key: str) -> Input:
 
 
 class StorageWithInputs(LocalStorage):
-    """A folder's storage in which the inputs stand as if they had been uploaded."""
+    """A folder's storage in which the inputs stand as if they had been uploaded, and an earlier
+    adapter as if it had been published."""
 
-    def __init__(self, root: Path, inputs: Sequence[Input]) -> None:
+    def __init__(
+        self, root: Path, inputs: Sequence[Input], adapter: AdapterInput | None = None
+    ) -> None:
         super().__init__(root)
+        self._adapter = adapter
         self._inputs: Mapping[str, Input] = {each.ref.path: each for each in inputs}
 
     def open(self, path: str) -> BinaryIO:
@@ -76,6 +117,19 @@ class StorageWithInputs(LocalStorage):
             return super().size(path)
         self._check(self._inputs[path])
         return self._inputs[path].ref.bytes
+
+    def fetch(
+        self, artifact: ArtifactRef, into: Path, *, only: Collection[str] | None = None
+    ) -> Path:
+        """As LocalStorage; raises InvalidData where the adapter is no longer what it was."""
+        if self._adapter is None or artifact != self._adapter.ref:
+            return super().fetch(artifact, into, only=only)
+        place = self._adapter.place
+        if read_adapter(place).ref != artifact:
+            raise InvalidData(
+                "changed while it was being used", file=str(place), remedy="Start again"
+            )
+        return place
 
     def _check(self, each: Input) -> None:
         found = each.place.stat() if each.place.is_file() else None

@@ -18,12 +18,14 @@ _NOT_DECIDING = frozenset({"max_workers", "checkpointing.resume"})
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """Digests of the files of both sides in their order, the base's, and every setting."""
+    """Digests of the files of both sides in their order, the base's, every setting, and the digest
+    of the adapter that is gone on from."""
 
     training: tuple[str, ...]
     validation: tuple[str, ...]
     base: str
     config: JsonObject
+    adapter: str | None = None
 
     @classmethod
     def of(cls, spec: JobSpec) -> Self:
@@ -32,6 +34,7 @@ class RunRecord:
             validation=tuple(file.sha256 for file in spec.validation_files),
             base=spec.base.digest,
             config=spec.config,
+            adapter=spec.adapter.digest if spec.adapter is not None else None,
         )
 
     @classmethod
@@ -42,8 +45,9 @@ class RunRecord:
             if body["v"] != _FORMAT:
                 return None
             return cls(
-                tuple(body["training"]), tuple(body["validation"]), body["base"], body["config"]
-            )
+                tuple(body["training"]), tuple(body["validation"]), body["base"], body["config"],
+                body.get("adapter"),
+            )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -72,6 +76,7 @@ def _differences(before: RunRecord, now: RunRecord) -> list[str]:
         ("training data", before.training, now.training),
         ("validation data", before.validation, now.validation),
         ("base", (before.base,), (now.base,)),
+        ("adapter", _one(before.adapter), _one(now.adapter)),
     ):
         if then != today:
             found.append(f"{name} (sha256 {_short(then)}, now {_short(today)})")
@@ -80,6 +85,10 @@ def _differences(before: RunRecord, now: RunRecord) -> list[str]:
         if key not in _NOT_DECIDING and then_flat.get(key) != now_flat.get(key):
             found.append(f"{key} ({then_flat.get(key)!r}, now {now_flat.get(key)!r})")
     return found
+
+
+def _one(digest: str | None) -> tuple[str, ...]:
+    return () if digest is None else (digest,)
 
 
 def _short(digests: tuple[str, ...]) -> str:

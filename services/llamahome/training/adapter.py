@@ -6,10 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from llamahome.config.training import LoraConfig
 from llamahome.training.engine.slots import Slot
+from llamahome.training.tensors import save_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -24,7 +23,7 @@ def write_adapter(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_file(slot.tensors(), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(slot.tensors(), folder / WEIGHTS_NAME, metadata={"format": "pt"})
     # safetensors makes files for their owner alone; those who serve it are others.
     (folder / WEIGHTS_NAME).chmod(0o644)
     config = {
@@ -43,4 +42,6 @@ def write_adapter(
         "use_dora": False,
         "use_rslora": lora.use_rslora,
     }
+    if slot.tokens is not None:
+        config["trainable_token_indices"] = slot.tokens.indices()
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

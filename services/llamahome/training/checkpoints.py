@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llamahome.errors import CorruptArtifact, InvalidState
 from llamahome.schemas import JsonObject
 from llamahome.training.crashing import crash_point
 from llamahome.training.steps import StepTaken
 from llamahome.training.stopping import EarlyStopping
+from llamahome.training.tensors import save_tensors
 
 _FORMAT = 1
 _STATE = "state.json"
@@ -43,6 +44,8 @@ class TrainState:
     """Where a run stands after ``step`` optimizer steps. Losses are in nats per labelled token."""
 
     step: int = 0
+    left_out: int = 0  # steps of the plan that were never taken, for a watcher ended their epoch
+    seen_tokens: int = 0
     trained_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -56,6 +59,11 @@ class TrainState:
     resumed_from: list[int] = dataclasses.field(default_factory=list)
     history: list[JsonObject] = dataclasses.field(default_factory=list)
     proofs: JsonObject = dataclasses.field(default_factory=dict)
+
+    @property
+    def place(self) -> int:
+        """Steps of the plan that lie behind, whether taken or left out."""
+        return self.step + self.left_out
 
     def copy(self) -> TrainState:
         """One that later steps do not change; history lines are never changed, only added."""
@@ -71,6 +79,7 @@ class TrainState:
         self.step += 1
         self.learning_rate = step.learning_rate
         self.train_loss = step.loss if math.isfinite(step.loss) else None
+        self.seen_tokens += step.tokens
         self.trained_tokens += step.labelled
         self.skipped_steps += not step.finite
         self.skipped_in_a_row = 0 if step.finite else self.skipped_in_a_row + 1
@@ -98,10 +107,10 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     draft = root / f".{target.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file(snapshot.adapter, draft / _ADAPTER)
-    save_file(snapshot.optimizer, draft / _OPTIMIZER)
+    save_tensors(snapshot.adapter, draft / _ADAPTER)
+    save_tensors(snapshot.optimizer, draft / _OPTIMIZER)
     if snapshot.best is not None and snapshot.state.stopping.best_step != snapshot.state.step:
-        save_file(snapshot.best, draft / _BEST)
+        save_tensors(snapshot.best, draft / _BEST)
     write_history(draft / _HISTORY, snapshot.state.history)
     crash_point("after_tmp_write")
     state = dataclasses.asdict(snapshot.state)

@@ -9,28 +9,36 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from llamahome.conversations.tokens import TokenRows, read_token_rows
-from llamahome.errors import InvalidData
+from llamahome.errors import CorruptArtifact, InvalidData
+from llamahome.schemas import PreparationReport
 
 TRAINING_FILE = "training.safetensors"
 VALIDATION_FILE = "validation.safetensors"
+PREPARATION_FILE = "preparation.json"
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenData:
-    """Both sides of the split; validation may be empty."""
+    """Both sides of the split; validation may be empty.
+
+    ``added`` are the ids of tokens that the data have beyond the base's (``template: markers``).
+    """
 
     training: TokenRows
     validation: TokenRows
+    added: tuple[int, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> TokenData:
-        """The two files of the folder that preprocessing published. Raises CorruptArtifact."""
+        """What preprocessing published in the folder. Raises CorruptArtifact."""
         return cls(
             training=read_token_rows(folder / TRAINING_FILE),
             validation=read_token_rows(folder / VALIDATION_FILE),
+            added=_added_tokens(folder / PREPARATION_FILE),
         )
 
     def digest(self) -> str:
@@ -50,6 +58,16 @@ class TokenData:
                 f"none of {len(self.training)} training rows has a token that is trained",
                 remedy="Check loss_scope and the messages' weights",
             )
+
+
+def _added_tokens(path: Path) -> tuple[int, ...]:
+    try:
+        report = PreparationReport.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return ()  # rows that were not prepared by us
+    except (OSError, ValidationError) as error:
+        raise CorruptArtifact(f"cannot be read: {error}", file=path.name) from error
+    return tuple(sorted(report.markers.added_tokens.values())) if report.markers else ()
 
 
 def labelled_counts(rows: TokenRows) -> NDArray[np.int64]:

@@ -13,7 +13,10 @@ from llamahome.schemas import JobSpec, JsonObject
 def config_digest(config: TrainingConfig) -> str:
     """sha256 over the settings that decide the result, not those about how the work is done."""
     return json_digest(
-        config.model_dump(mode="json", exclude={"max_workers": True, "checkpointing": {"resume"}})
+        config.model_dump(
+            mode="json",
+            exclude={"max_workers": True, "checkpointing": {"resume"}, "lora": {"merge"}},
+        )
     )
 
 

@@ -19,6 +19,8 @@ from llamahome.storage.bases import base_digest
 from llamahome.training.data import TokenData, largest_id, longest_row
 from llamahome.training.runtime import Machine
 
+_SUM_CHUNK = 1 << 24  # values at a time: 128 MiB of 64-bit integers
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBase:
@@ -110,13 +112,38 @@ def _unusable(name: str, why: str) -> InvalidConfig:
 
 
 def checksum(model: Any) -> str:
-    """sha256 over the bytes of every weight and buffer, in the order of their names."""
+    """sha256 over every weight and buffer, in the order of their names.
+
+    Over the bytes on a CPU; on a GPU over sums that are taken there (:func:`sums_of`), since to
+    bring all weights over and hash them would stop every job for many seconds.
+    """
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        state.update(flat.numpy().data)
+        if tensor.is_cuda:
+            state.update(repr(sums_of(tensor)).encode())
+        else:
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            state.update(flat.numpy().data)
     return state.hexdigest()
+
+
+@torch.no_grad()
+def sums_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two sums modulo 2^64 over a tensor's bits, taken where it lies: plain, and each value times
+    an odd number of its place. They tell of any one change, and of values that change places.
+
+    It guards against mistakes and broken memory, not against somebody who means to deceive it.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().contiguous().reshape(-1).view(bits)
+    plain = placed = 0
+    for first in range(0, len(flat), _SUM_CHUNK):
+        values = flat[first : first + _SUM_CHUNK].long()
+        places = torch.arange(first, first + len(values), device=flat.device) * 2 + 1
+        plain += int(values.sum())
+        placed += int((values * places).sum())
+    return plain % 2**64, placed % 2**64
 
 
 def check_fits(base: LoadedBase, data: TokenData, config: TrainingConfig) -> None:
@@ -129,7 +156,7 @@ def check_fits(base: LoadedBase, data: TokenData, config: TrainingConfig) -> Non
             remedy=f"Set max_length to {limit} or less",
         )  # fmt: skip
     largest = largest_id(data)
-    if largest >= base.vocabulary:
+    if largest >= max(base.vocabulary, *(one + 1 for one in data.added), 0):
         raise InvalidData(
             f"token id {largest} is in the data, but base {base.ref.name!r} has "
             f"{base.vocabulary} tokens", remedy="Prepare the data with this base's tokenizer",

@@ -31,6 +31,7 @@ REPORT_NAME = "report.json"
 CONFIG_NAME = "training_config.yaml"
 METRICS_NAME = "training_metrics.json"
 CARD_NAME = "README.md"
+MERGED_FOLDER = "merged"
 _PREPARATION_NAME = "preparation.json"
 _TOKENIZER_FOLDER = "tokenizer"
 
@@ -66,16 +67,20 @@ def assemble_report(
             "template": str(summary.get("template_digest", "")),
             "config": json_digest(spec.config),
             "code": code_digest(),
-        },
+        }
+        | ({"adapter": spec.adapter.digest} if spec.adapter is not None else {}),
     )
 
 
 def complete_adapter(folder: Path, spec: JobSpec, prepared: Path, report: JobReport) -> None:
     """Add everything but weights, adapter config and history to ``folder``. Raises OSError."""
     tokenizer = prepared / _TOKENIZER_FOLDER
+    merged = folder / MERGED_FOLDER
     for source in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else []:
         if source.is_file():
             shutil.copyfile(source, folder / source.name)
+            if merged.is_dir():
+                shutil.copyfile(source, merged / source.name)
     config = yaml.safe_dump({"training": spec.config}, sort_keys=False, allow_unicode=True)
     (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
     metrics = report.training.metrics.model_dump_json(indent=2)
@@ -123,6 +128,8 @@ def model_card(spec: JobSpec, report: JobReport) -> str:
             f"- Steps: {training.steps} in {training.epochs} epochs, seed {training.seed}",
             f"- LoRA: r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, "
             f"on {named}",
+            *_continued(spec),
+            *_merged(training),
             f"- Trainable parameters: {training.trainable_parameters}",
             f"- Precision: {training.precision}",
             "",
@@ -131,6 +138,24 @@ def model_card(spec: JobSpec, report: JobReport) -> str:
             "",
         ]
     )
+
+
+def _continued(spec: JobSpec) -> list[str]:
+    if spec.adapter is None:
+        return []
+    name = spec.adapter_name or "an earlier adapter"
+    return [f"- Continued from: {name} (digest {spec.adapter.digest[:12]})"]
+
+
+def _merged(training: TrainingReport) -> list[str]:
+    found = training.proofs.get("merge")
+    if found is None:
+        return []
+    return [
+        f"- `{MERGED_FOLDER}/` is the base with the adapter in its weights ({found['dtype']}): "
+        f"the likeliest token agrees at {found['argmax_agreement']:.1%} of {found['places']} "
+        f"places, the largest gap of a logit is {found['max_logit_gap']:.3g}"
+    ]
 
 
 def _read(kind: type[Report], path: Path) -> Report:

@@ -7,6 +7,7 @@ import math
 from llamahome.config import TrainingConfig
 from llamahome.schemas import JsonObject
 from llamahome.training.checkpoints import TrainState
+from llamahome.training.gauges import Gauges
 from llamahome.training.ports import TrainPorts
 from llamahome.training.schedule import Plan
 from llamahome.training.steps import StepTaken
@@ -15,10 +16,14 @@ from llamahome.training.steps import StepTaken
 class Reporter:
     """Turns what happened into progress, events and history lines.
 
-    Clock-dependent numbers (tokens per second) go to the watchers, never into the history.
+    What the clock and the machine decide (see gauges.py) goes to those who look on, never into the
+    history.
     """
 
-    def __init__(self, ports: TrainPorts, plan: Plan, config: TrainingConfig) -> None:
+    def __init__(
+        self, ports: TrainPorts, plan: Plan, config: TrainingConfig, gauges: Gauges
+    ) -> None:
+        self._gauges = gauges
         self._ports = ports
         self._plan = plan
         self._logging_steps = config.logging.steps
@@ -46,8 +51,8 @@ class Reporter:
 
     def stepped(self, state: TrainState, taken: StepTaken, seconds: float) -> None:
         """After each step, which took so many ``seconds``."""
-        epoch = self._plan.epoch_of(state.step)
-        speed = round(taken.tokens / max(seconds, 1e-9), 1)
+        epoch = self._plan.epoch_of(state.place)
+        measured = self._gauges.read(taken.tokens, seconds)
         figures: JsonObject = {
             "epoch": epoch,
             "train_loss": state.train_loss,
@@ -55,7 +60,7 @@ class Reporter:
             "grad_norm": finite(taken.grad_norm),
         }
         self._step = state.step
-        said = {**figures, "loss": state.train_loss, "tokens_per_second": speed}
+        said = {**figures, "loss": state.train_loss, **measured}
         self._newest = {**self._newest, **said}
         self.beat()
         total = self._plan.total_steps
@@ -66,16 +71,16 @@ class Reporter:
         loss = "not finite, skipped" if state.train_loss is None else f"{state.train_loss:.4f}"
         self._ports.event(
             f"Step {state.step}/{total}: training loss {loss}",
-            data={**line, "total_steps": total, "tokens_per_second": speed},
+            data={**line, "total_steps": total, **measured},
         )
 
     def evaluated(self, state: TrainState, loss: float) -> None:
-        epoch = self._plan.epoch_of(state.step)
+        epoch = self._plan.epoch_of(state.place)
         state.history.append({"step": state.step, "epoch": epoch, "eval_loss": finite(loss)})
         self._newest = {**self._newest, "eval_loss": finite(loss)}
         if state.step == 0:
             when = "before training"
-        elif state.step % self._plan.steps_per_epoch == 0:
+        elif state.place % self._plan.steps_per_epoch == 0:
             when = f"after epoch {epoch}"
         else:
             when = f"after step {state.step}"

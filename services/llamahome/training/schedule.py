@@ -72,17 +72,34 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * (1.0 - done)
 
 
-def evaluation_due(step: int, plan: Plan, config: TrainingConfig) -> bool:
-    """After ``step`` steps: before training, at the end, and each epoch or ``eval_steps``."""
-    if step in (0, plan.total_steps):
-        return True
-    return step % (config.eval_steps or plan.steps_per_epoch) == 0
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What is to be done between two steps; ``save`` apart from evaluations, which all save."""
+
+    evaluate: bool = False
+    save: bool = False
+
+    def __or__(self, other: Due) -> Due:
+        return Due(self.evaluate or other.evaluate, self.save or other.save)
 
 
-def checkpoint_due(step: int, plan: Plan, config: TrainingConfig) -> bool:
-    """After ``step`` steps, apart from evaluations, at each of which one is written."""
-    if step == 0:
-        return False
-    settings = config.checkpointing
-    every = plan.steps_per_epoch if settings.save_strategy == "epoch" else settings.save_steps
-    return step == plan.total_steps or step % every == 0
+def due_after_step(step: int, place: int, plan: Plan, config: TrainingConfig) -> Due:
+    """What the settings in steps ask for after ``step`` steps, and at the end.
+
+    ``place`` is where the run is in its plan: beyond ``step`` by the steps that were left out.
+    """
+    settings, last = config.checkpointing, place == plan.total_steps
+    return Due(
+        evaluate=config.eval_steps is not None and (last or step % config.eval_steps == 0),
+        save=settings.save_strategy == "steps"
+        and step > 0
+        and (last or step % settings.save_steps == 0),
+    )
+
+
+def due_after_epoch(place: int, plan: Plan, config: TrainingConfig) -> Due:
+    """What the settings in epochs ask for at ``place``: at the end of each, and before the first
+    (where nothing is saved)."""
+    ends = place % plan.steps_per_epoch == 0
+    by_epoch = config.checkpointing.save_strategy == "epoch"
+    return Due(evaluate=ends and config.eval_steps is None, save=ends and place > 0 and by_epoch)

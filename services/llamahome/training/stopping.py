@@ -35,7 +35,8 @@ class EarlyStopping:
             self.reference, self.without_improvement = loss, 0
             return best
         self.without_improvement += 1
-        if settings.enabled and self.without_improvement >= settings.patience:
+        waited = self.without_improvement >= settings.patience
+        if settings.enabled and waited and self.reason is None:
             shown = "none" if self.reference is None else f"{self.reference:.4f}"
             self.reason = (
                 f"no improvement greater than {settings.min_delta:g} on {shown} in "

@@ -31,6 +31,7 @@ class Admit(Schema):
     data: str
     scratch: str
     resume: tuple[str, ...] = Field(default=(), description="checkpoints, the one to try first")
+    adapter: str | None = Field(default=None, description="the earlier adapter to go on from")
     device: Literal["auto", "cpu", "cuda"]
     threads: int
     memory_bytes: int | None = None

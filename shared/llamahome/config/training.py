@@ -7,7 +7,7 @@ is ``learning_rate: 5e-5``, which YAML 1.1 reads as a string and everybody means
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -49,7 +49,10 @@ class Section(BaseModel):
 
 
 class LoraConfig(Section):
-    """LoRA (Hu et al. 2021): W + (alpha / r) B A, or alpha / sqrt(r) with ``use_rslora``."""
+    """LoRA (Hu et al. 2021): W + (alpha / r) B A, or alpha / sqrt(r) with ``use_rslora``.
+
+    ``merge``: publish the whole base with that added into its weights, too.
+    """
 
     r: Positive = 8
     alpha: Annotated[Number, Field(gt=0)] = 32.0
@@ -57,6 +60,7 @@ class LoraConfig(Section):
     target_modules: tuple[StrictStr, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
     bias: StrictStr = "none"
     use_rslora: StrictBool = False
+    merge: StrictBool = False
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -152,6 +156,15 @@ class TrainingConfig(Section):
     checkpointing: CheckpointingConfig = CheckpointingConfig()
     logging: LoggingConfig = LoggingConfig()
     validation: ValidationConfig = ValidationConfig()
+
+    @model_validator(mode="after")
+    def _mergeable(self) -> Self:
+        if self.lora.merge and self.template == "markers":
+            raise ValueError(
+                "lora.merge cannot be had with template: markers, whose tokens the base's matrices "
+                "have no rows for"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -73,8 +73,8 @@ class Runs(Claims):
         """Move the resume pointer. That is progress: attempts count from zero again.
 
         With ``keep`` only so many of the run's checkpoints stay known, the newest and the best
-        among them in any case. Returns those that were dropped; their files are the caller's to delete. Raises Fenced when
-        another attempt holds the run.
+        among them in any case. Returns those that were dropped; their files are the caller's to
+        delete. Raises Fenced when another attempt holds the run.
         """
 
         def work(connection: Connection) -> list[CheckpointRef]:

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
-from llamahome.config import Settings, TrainingConfig, resolve_training_config
+from llamahome.config import Settings
 from llamahome.errors import InvalidData, LlamaHomeError, NotFound, QuotaExceeded, UserError
 from llamahome.ledger import Ledger
 from llamahome.queueing.doorbell import Bell
+from llamahome.queueing.models import Start, effective_config, resolve_start
 from llamahome.schemas import BaseRef, FileRef, Job, JobSpec, Stage, StoredFile
 from llamahome.storage import Storage, layout
 
@@ -86,11 +87,9 @@ class Admission:
         job, _ = self._ledger.reject(spec, error, kind=kind, submission_id=submission_id)
         return job
 
-    def effective_config(self, wanted: Wanted) -> TrainingConfig:
-        """The configuration the job would run with. Raises InvalidConfig or NotFound."""
-        return resolve_training_config(
-            model_name=wanted.model, recipe=wanted.recipe, layers=[("config", wanted.config)]
-        )
+    def start(self, tenant: str, model: str) -> Start:
+        """What a training of ``model`` starts from; raises as :func:`resolve_start`."""
+        return resolve_start(self._ledger, self._storage, tenant, model)
 
     def store_upload(
         self, tenant: str, *, filename: str, purpose: str, stream: BinaryIO
@@ -152,15 +151,15 @@ class Admission:
         return job
 
     def _spec(self, tenant: str, wanted: Wanted) -> JobSpec:
-        base = self._ledger.base(wanted.model)
-        config = self.effective_config(wanted)
+        start = self.start(tenant, wanted.model)
+        config = effective_config(start, wanted.recipe, wanted.config)
         training = self._file(tenant, wanted.training_file, "training_file")
         validation: tuple[FileRef, ...] = ()
         if wanted.validation_file is not None:
             validation = (self._file(tenant, wanted.validation_file, "validation_file"),)
         return JobSpec(
             tenant=tenant,
-            base=BaseRef(name=base.name, path=base.path, digest=base.digest),
+            base=start.base,
             training_files=(training,),
             validation_files=validation,
             config=config.model_dump(mode="json"),
@@ -168,6 +167,8 @@ class Admission:
             suffix=wanted.suffix,
             metadata=dict(wanted.metadata),
             min_examples=wanted.min_examples,
+            adapter=start.adapter,
+            adapter_name=wanted.model if start.adapter is not None else None,
         )
 
     def _file(self, tenant: str, name: str, field: str) -> FileRef:

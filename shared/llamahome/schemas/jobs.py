@@ -15,6 +15,10 @@ from llamahome.schemas.base import JsonObject, Schema
 MAX_METADATA_PAIRS = 16
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Stage(StrEnum):
     """The three kinds of work, in their order."""
 
@@ -116,6 +120,8 @@ class JobSpec(Schema):
     ``config`` is the effective training configuration (every key set, already validated by
     ``llamahome.config.TrainingConfig``), so that a later change of defaults cannot change a job
     that waits.
+    ``adapter`` is the earlier adapter of the same base whose weights the training goes on from,
+    ``adapter_name`` what it was asked for by.
     """
 
     tenant: str = Field(min_length=1, max_length=64)
@@ -127,6 +133,9 @@ class JobSpec(Schema):
     suffix: str | None = Field(default=None, min_length=1, max_length=64)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
     min_examples: int = Field(default=1, ge=1, description="fewer valid rows fail the job")
+    # Left out where there is none, so that workers of an earlier release read the job.
+    adapter: ArtifactRef | None = Field(default=None, exclude_if=_is_none)
+    adapter_name: str | None = Field(default=None, exclude_if=_is_none)
 
 
 class RunOutput(Schema):

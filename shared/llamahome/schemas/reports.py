@@ -170,7 +170,8 @@ class TrainingReport(Schema):
     proofs: JsonObject = Field(
         default_factory=dict,
         description="factoring: the same rows as other micro-batches; first_step_moved: every part "
-        "of the adapter; isolation: packed against alone",
+        "of the adapter; isolation: packed against alone; merge: the adapter on its base "
+        "against the merged files",
     )
     fingerprint: JsonObject = Field(default_factory=dict)
 
@@ -184,5 +185,6 @@ class JobReport(Schema):
     preparation: PreparationReport
     training: TrainingReport
     lineage: dict[str, str] = Field(
-        description="digests: data, base, tokenizer, template, config, code"
+        description="digests: data, base, tokenizer, template, config, code; "
+        "adapter where an earlier one was gone on from"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -348,3 +349,40 @@ def test_a_whole_run_learns_what_a_plain_loop_with_peft_learns(
     assert found.keys() == named.keys()
     for name, parameter in named.items():
         assert float((found[name] - parameter.detach()).abs().max()) < 1e-9, name
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_long_rows_and_full_ticks_the_bytes_are_still_those_of_each_alone(
+    make_bench: Callable[..., Bench], make_prepared: Callable[..., Path], tmp_path: Path,
+    threads: int,
+) -> None:  # fmt: skip
+    """Products of up to 4,000 rows, where a library may well cut its work in another way."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llamahome.schemas import BaseRef
+    from llamahome.storage.bases import base_digest
+    from llamahome.training.data import TokenData
+
+    folder = tmp_path / "base"
+    torch.manual_seed(1)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1000, hidden_size=192, intermediate_size=448, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+            bos_token_id=None, eos_token_id=1,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    base = BaseRef(name="test/base", path=str(folder), digest=base_digest(folder))
+    bench = make_bench("fp32", threads)
+    make = bench.spec
+    bench.spec = lambda **settings: make(**settings).model_copy(update={"base": base})
+    bench.data = TokenData.open(make_prepared(training=9, validation=2, longest=1000))
+    jobs = {name: settings | {"epochs": 1} for name, settings in MIXED.items()}
+
+    together = bench.run(jobs, tick_tokens=4000)
+
+    for name, settings in jobs.items():
+        assert file_bytes(together[name]) == file_bytes(bench.run({name: settings})[name]), name

@@ -42,6 +42,9 @@ from llamahome.training.wire import (
 )
 
 if TYPE_CHECKING:
+    from llamahome.config import TrainingConfig
+    from llamahome.training.checkpoints import Tensors
+    from llamahome.training.data import TokenData
     from llamahome.training.engine.ticks import Engine
     from llamahome.training.runtime import Machine
 
@@ -171,6 +174,7 @@ class _Server:
         engine.admit(
             admit.spec, config, data, ports, machine,
             lambda outcome: self._end(admit.job, outcome), snapshot=snapshot,
+            start=_start_of(admit, config, data),
         )  # fmt: skip
         return True
 
@@ -221,8 +225,18 @@ class _Server:
                 return Failed(job=job, error=ours.to_dict(), fatal=True)
 
 
+def _start_of(admit: Admit, config: TrainingConfig, data: TokenData) -> Tensors | None:
+    """The weights to go on from, where the job goes on from any."""
+    from llamahome.training.continuing import load_start
+
+    if admit.adapter is None:
+        return None
+    name = admit.spec.adapter_name or "adapter"
+    return load_start(Path(admit.adapter), config, name, data.added)
+
+
 def _from_os_error(error: OSError) -> Unavailable:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return Unavailable(
         f"{type(error).__name__}: {error}", code="disk_full" if full else None,
         remedy="Free space in the scratch folder" if full else None,

@@ -22,7 +22,7 @@ def check_factoring(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
     ``loss_gap`` and ``gradient_gap`` are relative to the first; without dropout. The slot's
     gradient must be zero, and is again afterwards.
     """
-    samples = _some(rows)
+    samples = some_rows(rows)
     labelled = int(labelled_counts(rows)[samples].sum())
     found = []
     for parts in ([samples], [[sample] for sample in samples]):
@@ -45,7 +45,7 @@ def check_isolation(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
 
     ``max_logit_gap`` is the largest difference of any logit at a labelled place; 0 on a CPU.
     """
-    samples = _some(rows)
+    samples = some_rows(rows)
     units = [make_unit(slot, rows, [sample], weight=1.0, learns=False) for sample in samples]
     together = warm.logits(units)
     alone = [warm.logits([unit])[0] for unit in units]
@@ -56,7 +56,7 @@ def check_isolation(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
     return {"rows": len(samples), "packed": warm.packed, "max_logit_gap": _finite(gap)}
 
 
-def _some(rows: TokenRows) -> list[int]:
+def some_rows(rows: TokenRows) -> list[int]:
     """The first few rows with a label that are not too long together; one at least."""
     labelled = np.flatnonzero(labelled_counts(rows))
     chosen: list[int] = []

@@ -8,40 +8,48 @@ and so does one that shares its passes with others.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from llamahome.config import TrainingConfig
 from llamahome.errors import Stopped, TrainingFailed
-from llamahome.schemas import JobSpec, StopReason, TrainingMetrics, TrainingReport
-from llamahome.training.adapter import write_adapter
+from llamahome.schemas import JobSpec, StopReason
 from llamahome.training.checkpoints import (
     Snapshot,
     Tensors,
     TrainState,
-    check_identity,
-    write_history,
 )
 from llamahome.training.data import TokenData, labelled_counts
 from llamahome.training.digests import config_digest
-from llamahome.training.engine.checks import check_factoring, check_isolation
+from llamahome.training.engine.beginning import begin
+from llamahome.training.engine.checks import check_factoring
 from llamahome.training.engine.draws import DropKey
+from llamahome.training.engine.merging import merge, plan_merging
 from llamahome.training.engine.optimizer import SlotOptimizer
+from llamahome.training.engine.outcome import write_result
 from llamahome.training.engine.passes import Unit, make_unit
 from llamahome.training.engine.saving import Saver
 from llamahome.training.engine.warm import UnitLoss, WarmBase
+from llamahome.training.gauges import Gauges
 from llamahome.training.ports import TrainPorts
 from llamahome.training.report import Reporter, finite
 from llamahome.training.runtime import Machine, fingerprint
-from llamahome.training.schedule import Plan, checkpoint_due, evaluation_due, learning_rate
+from llamahome.training.schedule import (
+    Due,
+    Plan,
+    due_after_epoch,
+    due_after_step,
+    learning_rate,
+)
 from llamahome.training.steps import StepTaken
+from llamahome.training.watching import NOBODY, Watcher
 
-HISTORY_NAME = "history.jsonl"
 MAX_SKIPPED_IN_A_ROW = 3
 
 # Work is a list of units; an empty one means: nothing until a save has ended.
 Life: TypeAlias = Generator[list[Unit], Sequence[UnitLoss], Path]
+Watch: TypeAlias = "Callable[[TrainingJob], Watcher]"
 
 
 class TrainingJob:
@@ -58,93 +66,65 @@ class TrainingJob:
         saver: Saver,
         *,
         start: Tensors | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """``start`` are the weights of an earlier adapter to go on from.
+        """``start`` are the weights of an earlier adapter to go on from; ``watch`` makes a watcher.
 
-        Raises InvalidConfig for target modules that the base does not have.
+        Raises InvalidConfig for target modules that the base does not have, a start of others, and
+        a base that cannot be merged into where that is asked for.
         """
         self.spec, self.config, self.data = spec, config, data
         self.ports, self.machine, self.warm = ports, machine, warm
-        self.slot = warm.slot_for(config)
+        self.slot = warm.slot_for(config, data.added)
         if start is not None:
-            self.slot.load(start)
+            self.slot.start_from(start)
+        self._merging = plan_merging(warm, self.slot) if config.lora.merge else None
         self.optimizer = SlotOptimizer(self.slot, config)
         self.plan = Plan.of(config, len(data.training))
-        self.reporter = Reporter(ports, self.plan, config)
+        self.gauges = Gauges.of(warm.model, self.slot.parameters, machine)
+        self.reporter = Reporter(ports, self.plan, config, self.gauges)
         self.state = TrainState()
         self.best: Tensors | None = None
         self.fingerprint = fingerprint(machine, config)
         self.identity = {
             "data": data.digest(),
             "base": spec.base.digest,
+            "adapter": spec.adapter.digest if spec.adapter is not None else None,
             "config": config_digest(config),
         }
         self._labelled = labelled_counts(data.training)
         self.saver = saver
-        self._saved: tuple[int, int | None] | None = None
+        self.saved_at: tuple[int, int | None] | None = None
+        self._saved_here: int | None = None
+        self.watcher: Watcher = NOBODY if watch is None else watch(self)
 
     def life(self, snapshot: Snapshot | None) -> Life:
         """Until the last step, an early stop, or a reason to stop. Returns the adapter's folder.
 
-        Raises InvalidState (a checkpoint of another run), TrainingFailed (``nan_loss``), Stopped,
-        and OSError where a checkpoint cannot be written.
+        Raises InvalidState (a checkpoint of another run), TrainingFailed (``nan_loss``,
+        ``callback_failed``), Stopped, and OSError where a checkpoint cannot be written.
         """
-        self._start(snapshot)
+        begin(self, snapshot)
         if self.state.step == 0:
             self.state.proofs["factoring"] = check_factoring(
                 self.warm, self.slot, self.data.training
             )
-        while True:
-            evaluated = yield from self._evaluate_if_due()
-            if evaluated or checkpoint_due(self.state.step, self.plan, self.config):
-                yield from self._checkpoint()
-            if self.state.stopping.reason or self.state.step == self.plan.total_steps:
-                break
-            yield from self._stop_if_asked()
-            yield from self._step()
+        self.watcher.train_begin(self.state)
+        yield from self._act(self._due_after_step() | self._due_after_epoch())
+        while not self.state.stopping.reason and self.state.place < self.plan.total_steps:
+            yield from self.stop_if_asked()
+            taken = yield from self._step()
+            yield from self._after_step(taken)
         if self.state.stopping.reason:
             self.reporter.say(f"Stopped early: {self.state.stopping.reason}")
         yield from self._settle()
-        return self._write()
+        folder = write_result(self)
+        if self._merging is not None:
+            yield from merge(self, self._merging, folder)
+        self.watcher.train_end(self.state)
+        return folder
 
-    def _start(self, snapshot: Snapshot | None) -> None:
-        if self.machine.note is not None and snapshot is None:
-            self.ports.event(self.machine.note, level=self.machine.note_level)
-        if self.warm.why_not is not None and snapshot is None:
-            self.reporter.say(
-                "Rows go through this base one by one, which is slower: " + self.warm.why_not
-            )
-        if not len(self.data.validation) and self.config.early_stopping.enabled:
-            if snapshot is None:
-                self.reporter.say(
-                    "No validation rows: no evaluation, and early stopping is off", level="warn"
-                )
-        if snapshot is not None:
-            self._resume(snapshot)
-        self.reporter.started(self.state, self.config)
-
-    def _resume(self, snapshot: Snapshot) -> None:
-        check_identity(snapshot.identity, self.identity)
-        changed = [
-            name
-            for name, value in self.fingerprint.items()
-            if snapshot.fingerprint.get(name) != value
-        ]
-        if changed:
-            self.reporter.say(
-                f"Resumed under another {', '.join(changed)}: the result may differ in its last "
-                "bits from an undisturbed run",
-                level="warn",
-            )
-        self.state = snapshot.state
-        self.slot.load(snapshot.adapter)
-        self.optimizer.restore(snapshot.optimizer)
-        at_best = self.state.stopping.best_step == self.state.step
-        self.best = snapshot.adapter if at_best else snapshot.best
-        self._saved = (self.state.step, self.state.evaluated_at)
-        self.state.resumed_from.append(self.state.step)
-
-    def _stop_if_asked(self) -> Generator[list[Unit], Sequence[UnitLoss], None]:
+    def stop_if_asked(self) -> Generator[list[Unit], Sequence[UnitLoss], None]:
         reason = self.ports.should_stop()
         if reason is None:
             return
@@ -153,12 +133,46 @@ class TrainingJob:
             yield from self._settle()
         raise Stopped(f"stopped after step {self.state.step}", code=reason.value)
 
-    def _evaluate_if_due(self) -> Generator[list[Unit], Sequence[UnitLoss], bool]:
-        state = self.state
-        if not len(self.data.validation) or state.evaluated_at == state.step:
-            return False
-        if not evaluation_due(state.step, self.plan, self.config):
-            return False
+    def _after_step(self, taken: StepTaken) -> Generator[list[Unit], Sequence[UnitLoss], None]:
+        """Evaluate and save as is due, and wanted: first by steps, then, where one ends, by epochs.
+
+        There is one checkpoint a step at most: the later one, which knows of both evaluations.
+        """
+        wanted = self.watcher.step_end(self.state, taken, self._due_after_step())
+        later = self._epoch_ends() and not wanted.evaluate and self._due_after_epoch().evaluate
+        yield from self._act(Due(wanted.evaluate, wanted.save and not later))
+        if self._epoch_ends():
+            by_epoch = self.watcher.epoch_end(self.state, self._due_after_epoch())
+            yield from self._act(by_epoch | Due(save=wanted.save))
+            self._epoch_ends()
+
+    def _epoch_ends(self) -> bool:
+        """Whether no further step of this epoch is taken, as planned or as a watcher wants it."""
+        state, steps = self.state, self.plan.steps_per_epoch
+        if state.place < self.plan.total_steps and state.stopping.reason is None:
+            state.stopping.reason = self.watcher.stop
+        if self.watcher.leaves_epoch:
+            state.left_out += -state.place % steps
+        return state.stopping.reason is not None or state.place % steps == 0
+
+    def _due_after_step(self) -> Due:
+        return due_after_step(self.state.step, self.state.place, self.plan, self.config)
+
+    def _due_after_epoch(self) -> Due:
+        """An early stop ends the last epoch."""
+        stopped = self.state.stopping.reason is not None
+        return due_after_epoch(self.state.place, self.plan, self.config) | Due(stopped, stopped)
+
+    def _act(self, due: Due) -> Generator[list[Unit], Sequence[UnitLoss], None]:
+        evaluates = due.evaluate and len(self.data.validation)
+        if evaluates and self.state.evaluated_at != self.state.step:
+            yield from self._evaluate_now()
+            yield from self._checkpoint()
+        elif due.save:
+            yield from self._checkpoint()
+
+    def _evaluate_now(self) -> Generator[list[Unit], Sequence[UnitLoss], None]:
+        state, started = self.state, time.monotonic()
         loss = yield from self._evaluate()
         state.evaluated_at, state.eval_loss = state.step, finite(loss)
         if state.step == 0:
@@ -166,7 +180,7 @@ class TrainingJob:
         elif state.stopping.update(loss, state.step, self.config):
             self.best = self.slot.tensors()
         self.reporter.evaluated(state, loss)
-        return state.step > 0
+        self.watcher.evaluated(state, loss, time.monotonic() - started)
 
     def _evaluate(self) -> Generator[list[Unit], Sequence[UnitLoss], float]:
         """Mean cross-entropy per labelled token over all validation rows, in nats, no dropout.
@@ -177,19 +191,21 @@ class TrainingJob:
         total = 0.0
         for first in range(0, len(rows), size):
             self.reporter.beat()
-            yield from self._stop_if_asked()
+            yield from self.stop_if_asked()
             samples = range(first, min(first + size, len(rows)))
             unit = make_unit(self.slot, rows, samples, weight=1.0, learns=False)
             (loss,) = yield [unit]
             total += loss.summed
+            self.watcher.evaluation_batch()
         labelled = int(labelled_counts(rows).sum())
         return total / labelled if labelled else float("nan")
 
-    def _step(self) -> Generator[list[Unit], Sequence[UnitLoss], None]:
+    def _step(self) -> Generator[list[Unit], Sequence[UnitLoss], StepTaken]:
         """One optimizer step: an accumulation window of micro-batches."""
         started = time.monotonic()
         state, step = self.state, self.state.step
-        windows = self.plan.micro_batches(step)
+        self.watcher.step_begin(state)
+        windows = self.plan.micro_batches(state.place)
         samples = [int(sample) for window in windows for sample in window]
         labelled = int(self._labelled[samples].sum())
         # Divided by the labels of the whole window, not by each micro-batch's: however the rows are
@@ -204,7 +220,9 @@ class TrainingJob:
         ]  # fmt: skip
         loss = sum(each.weighted for each in losses)
         rate = learning_rate(step, self.plan.total_steps, self.config)
-        norm = self.optimizer.step(loss, rate)
+        for _ in windows[1:]:
+            self.watcher.micro_batch_end()
+        norm = self.optimizer.step(loss, rate, self.watcher)
         tokens = int(self.data.training.lengths[samples].sum())
         taken = StepTaken(samples, loss, norm, rate, tokens, labelled)
         state.take(taken)
@@ -214,6 +232,7 @@ class TrainingJob:
             self.reporter.skipped(state)
             self._fail_if_hopeless()
         self.reporter.stepped(state, taken, time.monotonic() - started)
+        return taken
 
     def _prove_liveness(self) -> None:
         moved = self.slot.moved()
@@ -239,7 +258,9 @@ class TrainingJob:
         The copy is taken here, between two steps; it is written while the run goes on.
         """
         state = self.state
-        if state.step == 0 or self._saved == (state.step, state.evaluated_at):
+        if state.step == 0 or self.saved_at == (state.step, state.evaluated_at):
+            return
+        if self._saved_here == state.step:
             return
         yield from self._settle()
         snapshot = Snapshot(
@@ -251,58 +272,12 @@ class TrainingJob:
             fingerprint=self.fingerprint,
         )
         self.saver.save(snapshot, self.config.checkpointing.save_total_limit)
-        self._saved = (state.step, state.evaluated_at)
+        self.saved_at, self._saved_here = (state.step, state.evaluated_at), state.step
+        if self.watcher.wants_saves_done:
+            yield from self._settle()
+        self.watcher.saved(state)
 
     def _settle(self) -> Generator[list[Unit], Sequence[UnitLoss], None]:
         """Wait until what was to be saved is durable."""
         while not self.saver.settled():
             yield []
-
-    def _write(self) -> Path:
-        """The adapter to publish: the best weights where early stopping watched, else the last."""
-        if self.best is not None and self.config.early_stopping.enabled:
-            self.slot.load(self.best)
-        self.state.proofs["adapter_moved"] = self.slot.moved()
-        self.state.proofs["isolation"] = check_isolation(self.warm, self.slot, self.data.training)
-        folder = self.ports.scratch / "adapter"
-        write_adapter(
-            folder, self.slot, self.config.lora, self.spec.base.name, self.warm.transposed
-        )
-        write_history(folder / HISTORY_NAME, self.state.history)
-        return folder
-
-    def report(self, *, base_unchanged: bool) -> TrainingReport:
-        state, stopping = self.state, self.state.stopping
-        restored = self.best is not None and self.config.early_stopping.enabled
-        extra: dict[str, Any] = {
-            "step_ledger": state.step_ledger,
-            "skipped_steps": state.skipped_steps,
-        }
-        epoch = self.plan.epoch_of(state.step)
-        proofs = {key: value for key, value in state.proofs.items() if key != "adapter_moved"}
-        return TrainingReport(
-            steps=state.step,
-            epochs=epoch,
-            seed=self.config.seed,
-            eval_loss_before=state.eval_loss_before,
-            eval_loss_after=stopping.best_loss if restored else state.eval_loss,
-            best_step=stopping.best_step,
-            best_eval_loss=stopping.best_loss,
-            stopped_early=stopping.reason,
-            trained_tokens=state.trained_tokens,
-            trainable_parameters=self.slot.parameters,
-            base_unchanged=base_unchanged,
-            adapter_moved=bool(state.proofs["adapter_moved"]),
-            resumed_from=tuple(state.resumed_from),
-            precision=self.machine.precision,
-            mode=self.config.mode,
-            metrics=TrainingMetrics(
-                train_loss=state.train_loss,
-                eval_loss=state.eval_loss,
-                learning_rate=state.learning_rate,
-                epoch=epoch,
-                step=state.step,
-            ),
-            proofs=proofs,
-            fingerprint={**self.fingerprint, **extra},
-        )

@@ -9,6 +9,7 @@ import torch
 
 from llamahome.config import TrainingConfig
 from llamahome.training.engine.slots import Slot
+from llamahome.training.watching import NOBODY, Watcher
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = "step"
@@ -23,9 +24,16 @@ class SlotOptimizer:
             [slot.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
 
+    @property
+    def adamw(self) -> torch.optim.AdamW:
+        """For watchers."""
+        return self._adamw
+
     @torch.no_grad()
-    def step(self, loss: float, rate: float) -> float:
+    def step(self, loss: float, rate: float, watcher: Watcher = NOBODY) -> float:
         """Clip and step, where loss and gradient are finite; then zero the gradient.
+
+        ``watcher`` is told before and after a step that is taken.
 
         Returns the gradient's norm before clipping.
         """
@@ -36,8 +44,10 @@ class SlotOptimizer:
             gradient.mul_(min(1.0, self._max_norm / (norm + 1e-6)))
             for group in self._adamw.param_groups:
                 group["lr"] = rate
+            watcher.before_optimizer()
             self._adamw.step()
             self._slot.refresh()
+            watcher.after_optimizer()
         gradient.zero_()
         return norm
 

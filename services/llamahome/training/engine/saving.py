@@ -14,7 +14,7 @@ class Saver:
     """One job's saves, one at a time. ``wake`` is called, in another thread, after each."""
 
     def __init__(self, ports: TrainPorts, executor: Executor, wake: Callable[[], None]) -> None:
-        self._ports, self._executor, self._wake = ports, executor, wake
+        self._ports, self._executor, self.wake = ports, executor, wake
         self._writing: Future[Path] | None = None
         self._snapshot: Snapshot | None = None
         self._keep = 1
@@ -26,7 +26,7 @@ class Saver:
         self._snapshot, self._keep = snapshot, keep
         root = self._ports.scratch / "checkpoints"
         self._writing = self._executor.submit(save_checkpoint, root, snapshot)
-        self._writing.add_done_callback(lambda _: self._wake())
+        self._writing.add_done_callback(lambda _: self.wake())
 
     def settled(self) -> bool:
         """True once everything is durable; called between ticks, it moves a save along.

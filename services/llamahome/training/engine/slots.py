@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from llamahome.config.training import LoraConfig
+from llamahome.training.continuing import check_same_layers
+from llamahome.training.engine.added import SAVED_AS, AddedRows, AddedTokens
 from llamahome.training.engine.draws import Dropout, start_values
 
 _ALIGNMENT = 16  # elements; a matrix that begins at a cache line is multiplied the same everywhere
@@ -48,10 +50,12 @@ class Slot:
         device: torch.device,
         dtype: torch.dtype,
         target_modules: Sequence[str] = (),
+        tokens: AddedTokens | None = None,
     ) -> None:
         """``dtype`` is the base's. Weights are LoRA's start values of ``seed``.
 
-        ``target_modules`` are the sites' names as PEFT's config has them.
+        ``target_modules`` are the sites' names as PEFT's config has them; ``tokens`` those that the
+        job adds to the base, whose rows begin as :meth:`start_rows` is told.
         """
         self.target_modules = tuple(target_modules)
         self.version = 0  # of the computing copy
@@ -63,18 +67,23 @@ class Slot:
         self._sites = tuple(sorted(sites, key=lambda site: site.name))
         for site in self._sites:
             for half, shape in (("A", (lora.r, site.columns)), ("B", (site.rows, lora.r))):
-                self._views[f"{site.name}.lora_{half}"] = (size, shape)
-                size += math.ceil(math.prod(shape) / _ALIGNMENT) * _ALIGNMENT
+                size = self._place(f"{site.name}.lora_{half}.weight", shape, size)
+        self.tokens = tokens
+        for name in _matrices(tokens):
+            assert tokens is not None
+            size = self._place(f"{name}.{SAVED_AS}", (len(tokens.ids), tokens.width), size)
         master = torch.float64 if dtype is torch.float64 else torch.float32
         self.weights = torch.nn.Parameter(torch.zeros(size, dtype=master, device=device))
         self.gradient = torch.zeros(size, dtype=master, device=device)
         self.weights.grad = self.gradient
         self._compute = self.weights.data if dtype is master else self.weights.data.to(dtype)
         self._kept: torch.Tensor | None = None
+        self._began: torch.Tensor | None = None  # an earlier adapter's; None: B began as zeros
         self.pairs: Mapping[str, Pair] = {site.name: self._pair(site.name) for site in self._sites}
         for site in self._sites:
             start = start_values(seed, site.name, lora.r, site.columns)
-            self._view(self.weights.data, f"{site.name}.lora_A").copy_(start)
+            self._view(self.weights.data, f"{site.name}.lora_A.weight").copy_(start)
+        self.added = self._added_rows()
         self.refresh()
 
     @classmethod
@@ -87,12 +96,34 @@ class Slot:
         """Trainable numbers."""
         return sum(math.prod(shape) for _, shape in self._views.values())
 
+    def _place(self, name: str, shape: tuple[int, int], begin: int) -> int:
+        """Give a matrix its place in the buffers. Returns where the next one begins."""
+        self._views[name] = (begin, shape)
+        return begin + math.ceil(math.prod(shape) / _ALIGNMENT) * _ALIGNMENT
+
+    def _added_rows(self) -> AddedRows | None:
+        if self.tokens is None:
+            return None
+        embeddings = f"{self.tokens.embeddings}.{SAVED_AS}"
+        head = embeddings if self.tokens.head is None else f"{self.tokens.head}.{SAVED_AS}"
+        return AddedRows(
+            self.tokens.ids,
+            self._view(self._compute, embeddings), self._view(self._compute, head),
+            self._view(self.gradient, embeddings), self._view(self.gradient, head),
+        )  # fmt: skip
+
+    def start_rows(self, starts: Mapping[str, torch.Tensor]) -> None:
+        """Set the added tokens' rows, by the name of their matrix in the base."""
+        for name, rows in starts.items():
+            self._view(self.weights.data, f"{name}.{SAVED_AS}").copy_(rows)
+        self.refresh()
+
     def _view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         first, shape = self._views[name]
         return flat[first : first + math.prod(shape)].view(shape)
 
     def _pair(self, site: str) -> Pair:
-        a, b = f"{site}.lora_A", f"{site}.lora_B"
+        a, b = f"{site}.lora_A.weight", f"{site}.lora_B.weight"
         return Pair(
             self._view(self._compute, a), self._view(self._compute, b),
             self._view(self.gradient, a), self._view(self.gradient, b),
@@ -111,7 +142,7 @@ class Slot:
     def named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """A flat buffer of this slot's layout as named matrices on the CPU, a copy."""
         named = {
-            f"base_model.model.{name}.weight": self._view(flat, name)
+            f"base_model.model.{name}": self._view(flat, name)
             .detach()
             .to("cpu", copy=True)
             .contiguous()
@@ -124,14 +155,25 @@ class Slot:
         """The inverse of :meth:`named`, into the weights or another flat buffer of this layout."""
         flat = self.weights.data if into is None else into
         for name in self._views:
-            self._view(flat, name).copy_(tensors[f"base_model.model.{name}.weight"])
+            self._view(flat, name).copy_(tensors[f"base_model.model.{name}"])
         if into is None:
             self.refresh()
 
+    def start_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Begin with an earlier adapter's weights. Raises InvalidConfig for those of another."""
+        shapes = {f"base_model.model.{n}": shape for n, (_, shape) in self._views.items()}
+        check_same_layers(tensors, shapes)
+        self.load(tensors)
+        self._began = self.weights.data.clone()
+
     def moved(self) -> bool:
-        """True where every B, zero at the start, has learned something finite."""
-        weights = self.weights.data
-        ups = [self._view(weights, name) for name in self._views if name.endswith(".lora_B")]
+        """True where every B has learned something finite: it is no more what it began as."""
+        weights, began = self.weights.data, self._began
+        ups = [
+            self._view(weights, name) - (0 if began is None else self._view(began, name))
+            for name in self._views
+            if name.endswith(".lora_B.weight")
+        ]
         return all(bool(up.any()) for up in ups) and bool(weights.isfinite().all())
 
     def keep_gradient(self) -> None:
@@ -144,3 +186,10 @@ class Slot:
         """Back to what :meth:`keep_gradient` saw."""
         assert self._kept is not None
         self.gradient.copy_(self._kept)
+
+
+def _matrices(tokens: AddedTokens | None) -> list[str]:
+    """The names of the base's matrices that get rows of their own."""
+    if tokens is None:
+        return []
+    return [name for name in (tokens.embeddings, tokens.head) if name is not None]

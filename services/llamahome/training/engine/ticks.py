@@ -17,8 +17,9 @@ from llamahome.schemas import BaseRef, JobSpec, StopReason
 from llamahome.training.checkpoints import Snapshot, Tensors
 from llamahome.training.data import TokenData
 from llamahome.training.engine.choosing import Offer, choose, start_virtual
-from llamahome.training.engine.job import Life, TrainingJob
+from llamahome.training.engine.job import Life, TrainingJob, Watch
 from llamahome.training.engine.memory import MemoryModel, Shape
+from llamahome.training.engine.outcome import training_report
 from llamahome.training.engine.passes import Unit, split_unit
 from llamahome.training.engine.saving import Saver
 from llamahome.training.engine.slots import Slot
@@ -98,13 +99,18 @@ class Engine:
         *,
         snapshot: Snapshot | None = None,
         start: Tensors | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Take a job in, between two ticks; what goes wrong with it is told to its ``on_end``.
+
+        ``watch`` makes its watcher.
 
         Raises InvalidConfig where the base lacks its target modules.
         """
         saver = Saver(ports, self._executor, lambda: self.inbox.put(_nothing))
-        job = TrainingJob(spec, config, data, ports, machine, self.warm, saver, start=start)
+        job = TrainingJob(
+            spec, config, data, ports, machine, self.warm, saver, start=start, watch=watch
+        )
         virtual = start_virtual([running.virtual for running in self._jobs])
         running = _Running(job, job.life(snapshot), on_end, self._admitted, virtual)
         self._admitted += 1
@@ -167,7 +173,8 @@ class Engine:
 
     def _finish(self, running: _Running, folder: Path) -> None:
         unchanged = checksum(self.warm.model) == self.warm.loaded.checksum
-        self._end(running, TrainedAdapter(folder, running.job.report(base_unchanged=unchanged)))
+        report = training_report(running.job, base_unchanged=unchanged)
+        self._end(running, TrainedAdapter(folder, report))
 
     def _end(self, running: _Running, outcome: TrainedAdapter | Exception) -> None:
         running.life.close()

@@ -12,7 +12,16 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llamahome.config import TrainingConfig
+from llamahome.errors import InvalidConfig
 from llamahome.training.engine import attention
+from llamahome.training.engine.added import (
+    AddedColumns,
+    AddedRows,
+    AddedTokens,
+    Placed,
+    embed,
+    learn_embeddings,
+)
 from llamahome.training.engine.lora import Board, LoraLinear
 from llamahome.training.engine.losses import Head
 from llamahome.training.engine.passes import Pass, Segment, Unit, make_pass, row_block
@@ -69,15 +78,30 @@ class WarmBase:
         """The layer at a path of the base. Raises KeyError."""
         return self._sites[name]
 
-    def slot_for(self, config: TrainingConfig) -> Slot:
-        """A fresh slot with the config's LoRA. Raises InvalidConfig for modules not in the base."""
+    def slot_for(self, config: TrainingConfig, added: Sequence[int] = ()) -> Slot:
+        """A fresh slot with the config's LoRA, and rows for the ids ``added`` to the base.
+
+        Raises InvalidConfig for modules that are not in the base, and for tokens that cannot be
+        added to it.
+        """
         names = target_modules(self.model, config.lora.target_modules)
         shapes = [
             site.shape
             for name, site in self._sites.items()
             if any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
         ]
-        return Slot(config.lora, shapes, config.seed, self.loaded.device, self.loaded.dtype, names)
+        if added and self.why_not is not None:
+            raise InvalidConfig(
+                "tokens can be added only to a base that takes rows side by side: "
+                + self.why_not, field="template", remedy="Use template: auto",
+            )  # fmt: skip
+        tokens = AddedTokens.of(self.model, added) if added else None
+        slot = Slot(
+            config.lora, shapes, config.seed, self.loaded.device, self.loaded.dtype, names, tokens
+        )
+        if tokens is not None:
+            slot.start_rows(tokens.start(self.model))
+        return slot
 
     @property
     def transposed(self) -> bool:
@@ -101,37 +125,85 @@ class WarmBase:
     def logits(self, units: Sequence[Unit]) -> list[torch.Tensor]:
         """The logits at each unit's labelled places, [N, vocabulary], without learning."""
         whole = make_pass(units, self.block, self.loaded.device)
+        if not self.packed:
+            return [self._logits_row_by_row(segment) for segment in whole.segments]
         with torch.no_grad(), self.board.showing(whole.segments, len(whole.ids)):
-            if not self.packed:
-                return [self._alone(whole, segment).cpu() for segment in whole.segments]
-            hidden = self._hidden(whole)[whole.places]
+            embedded, _ = self._embedded(whole)
+            hidden = self._hidden(whole, embedded)[whole.places]
             filled = functional.pad(hidden, (0, 0, 0, -len(hidden) % self.block))
             logits = functional.linear(filled, self._head.weight, self._head.bias)
-            return [logits[s.first_label : s.last_label].cpu() for s in whole.segments]
+            return [self._own_logits(s, logits, hidden).cpu() for s in whole.segments]
+
+    def _own_logits(
+        self, segment: Segment, logits: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        mine = slice(segment.first_label, segment.last_label)
+        rows = segment.unit.slot.added
+        if rows is None:
+            return logits[mine]
+        return AddedColumns(rows, self.loaded.vocabulary).put(logits[mine], hidden[mine])
 
     def _packed(self, whole: Pass) -> torch.Tensor:
         with self.board.showing(whole.segments, len(whole.ids)):
-            hidden = self._hidden(whole).index_select(0, whole.places)
-            losses, gradient = self._head.losses(
-                hidden.detach(), whole.targets, whole.weights, self.block, learns=whole.learns
-            )
+            embedded, placed = self._embedded(whole)
+            hidden = self._hidden(whole, embedded).index_select(0, whole.places)
+            losses, gradient = self._losses(whole, hidden.detach())
             if gradient is not None and hidden.requires_grad:
                 hidden.backward(gradient)  # type: ignore[no-untyped-call]
+            if embedded is not None:
+                learn_embeddings(embedded, placed)
         return losses
 
-    def _hidden(self, whole: Pass) -> torch.Tensor:
+    def _embedded(self, whole: Pass) -> tuple[torch.Tensor | None, list[Placed]]:
+        """The embeddings, where a job has tokens of its own; the model looks them up otherwise."""
+        if all(segment.unit.slot.added is None for segment in whole.segments):
+            return None, []
+        return embed(self.model, whole)
+
+    def _hidden(self, whole: Pass, embedded: torch.Tensor | None) -> torch.Tensor:
         """What comes before the head, [T, hidden]."""
+        given = (
+            {"input_ids": whole.ids[None]}
+            if embedded is None
+            else {"inputs_embeds": embedded[None]}
+        )
         output = self.model.get_decoder()(
-            input_ids=whole.ids[None], position_ids=whole.positions[None], use_cache=False,
+            **given, position_ids=whole.positions[None], use_cache=False,
             sequence_lengths=whole.lengths,
         )  # fmt: skip
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[0]
 
+    def _losses(
+        self, whole: Pass, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`Head.losses`, over the pass; jobs with tokens of their own by themselves."""
+        found = []
+        for first, last, rows in _label_runs(whole.segments):
+            added = None if rows is None else AddedColumns(rows, self.loaded.vocabulary)
+            mine = slice(first, last)
+            found.append(
+                self._head.losses(
+                    hidden[mine], whole.targets[mine], whole.weights[mine], self.block,
+                    learns=whole.learns, added=added,
+                )
+            )  # fmt: skip
+        gradients = [gradient for _, gradient in found if gradient is not None]
+        losses = torch.cat([each for each, _ in found])
+        return losses, torch.cat(gradients) if gradients else None
+
+    @torch.no_grad()
+    def _logits_row_by_row(self, segment: Segment) -> torch.Tensor:
+        found = []
+        for row in _rows_of(segment, self.loaded.device):
+            with self.board.showing(row.segments, len(row.ids)):
+                found.append(self._alone(row, row.segments[0]).cpu())
+        return torch.cat(found)
+
     def _one_by_one(self, whole: Pass) -> torch.Tensor:
         """Each segment's rows alone, by the base's own forward."""
         losses = []
-        for row in _rows_of(whole):
+        for row in [row for each in whole.segments for row in _rows_of(each, whole.ids.device)]:
             with self.board.showing(row.segments, len(row.ids)):
                 logits = self._alone(row, row.segments[0])
                 wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
@@ -190,21 +262,30 @@ class WarmBase:
         self.model.set_attn_implementation(self._own_attention)
 
 
-def _rows_of(whole: Pass) -> list[Pass]:
-    """Each sequence as a pass of its own."""
-    passes = []
-    for segment in whole.segments:
-        unit = segment.unit
-        place = 0
-        for row in unit.rows:
-            mine = (unit.places >= place) & (unit.places < place + len(row))
-            alone = dataclasses.replace(
-                unit, rows=(row,), places=unit.places[mine] - place, targets=unit.targets[mine],
-                first=unit.first + place,
-            )  # fmt: skip
-            passes.append(make_pass([alone], 1, whole.ids.device))
-            place += len(row)
+def _rows_of(segment: Segment, device: torch.device) -> list[Pass]:
+    """Each of its sequences as a pass of its own."""
+    unit, place, passes = segment.unit, 0, []
+    for row in unit.rows:
+        mine = (unit.places >= place) & (unit.places < place + len(row))
+        alone = dataclasses.replace(
+            unit, rows=(row,), places=unit.places[mine] - place, targets=unit.targets[mine],
+            first=unit.first + place,
+        )  # fmt: skip
+        passes.append(make_pass([alone], 1, device))
+        place += len(row)
     return passes
+
+
+def _label_runs(segments: Sequence[Segment]) -> list[tuple[int, int, AddedRows | None]]:
+    """(first label, last label, the job's own rows): jobs without any are taken together."""
+    runs: list[tuple[int, int, AddedRows | None]] = []
+    for segment in segments:
+        rows = segment.unit.slot.added
+        if runs and rows is None and runs[-1][2] is None:
+            runs[-1] = (runs[-1][0], segment.last_label, None)
+        else:
+            runs.append((segment.first_label, segment.last_label, rows))
+    return runs
 
 
 def _sums(whole: Pass, losses: torch.Tensor) -> dict[int, UnitLoss]:

@@ -1,0 +1,220 @@
+"""``TrainingData``: samples in a folder, a fine-tuned model in it, from Python."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from llamahome.config import (
+    Settings,
+    TrainingConfig,
+    load_settings,
+    parse_training_config,
+    resolve_training_config,
+)
+from llamahome.errors import InvalidConfig
+from llamahome.local.bars import SampleBars, training_watch
+from llamahome.local.bases import Model, checked_name, find_base, find_model
+from llamahome.local.files import TrainedFiles
+from llamahome.local.fitting import Fitting, fit
+from llamahome.local.processed import ProcessReport, read_manifest, unprocessed
+from llamahome.local.samples import Preparation, prepare, sample_files
+from llamahome.local.threads import Stopper, in_thread
+from llamahome.local.tree import Tree
+
+if TYPE_CHECKING:
+    from llamahome.local.loaders import DataLoaders
+
+_log = logging.getLogger("llamahome.local")
+_DEFAULT = 4  # of both sizes: a value equal to it leaves the word to the files
+# The settings by the names that train_model has for them.
+_KEYWORDS = {
+    "num_epochs": ("epochs",),
+    "learning_rate": ("learning_rate",),
+    "lora_r": ("lora", "r"),
+    "lora_alpha": ("lora", "alpha"),
+    "lora_dropout": ("lora", "dropout"),
+}
+
+
+class TrainingData:
+    """Manages training data processing and storage.
+
+    An awaitable front of the stages that the queue workers run, on this machine, with no broker:
+    the data stages in a thread, training in a process of its own. Settings, later beats earlier:
+    defaults, ``.config/training_config.yaml``, its ``model_configs.<model>``, ``batch_size`` and
+    ``max_workers`` where they are not 4, ``config``, the keywords of a call.
+    ``data_dir`` has SPEC's tree (see :mod:`llamahome.local.tree`).
+    """
+
+    def __init__(
+        self,
+        data_dir: Union[str, Path],  # noqa: UP007  # as SPEC writes it
+        batch_size: int = 4,
+        max_workers: int = 4,
+        config: Optional[dict[str, Any]] = None,  # noqa: UP045
+    ) -> None:
+        """Initialize training data manager; ``data_dir`` is made where it is missing.
+
+        No model is loaded here. Raises InvalidConfig naming the argument, OSError.
+        """
+        sizes = {"batch_size": batch_size, "max_workers": max_workers}
+        parse_training_config(sizes, source="TrainingData")
+        if config is not None and not isinstance(config, dict):
+            raise InvalidConfig(f"must be a dict, not {config!r}", field="config")
+        parse_training_config(copy.deepcopy(config or {}), source="config")
+        self.data_dir = _made(data_dir)
+        self.batch_size = batch_size
+        self.max_workers = max_workers
+        self.config: dict[str, Any] = copy.deepcopy(config or {})
+        self._tree = Tree.of(self.data_dir)
+
+    def effective_config(self, model_name: str = "llama", **keywords: Any) -> TrainingConfig:
+        """The settings of a call with ``keywords`` (those of :meth:`train_model`).
+
+        Raises InvalidConfig with the source and the field.
+        """
+        explicit = {
+            name: value
+            for name, value in (("batch_size", self.batch_size), ("max_workers", self.max_workers))
+            if value != _DEFAULT
+        }
+        return resolve_training_config(
+            model_name=checked_name(model_name, "model_name"),
+            layers=[
+                ("TrainingData", explicit),
+                ("config", copy.deepcopy(self.config)),
+                ("train_model", _nested(keywords)),
+            ],
+        )
+
+    async def process_samples(
+        self,
+        model_name: str = "llama",
+        model_version: Optional[str] = None,  # noqa: UP045
+    ) -> ProcessReport:
+        """Process and prepare training samples: ``processed/<model>_<version>``, whole or not at
+        all, also where several do it at once. Returns its report.
+
+        With no samples it warns and prepares nothing. A cancel leaves nothing behind.
+        Raises InvalidConfig, NotFound (the model), InvalidData, InvalidState, OSError.
+        """
+        return await in_thread(lambda stop: self._process(model_name, model_version, stop))
+
+    def _process(self, name: str, version: str | None, stop: Stopper) -> ProcessReport:
+        config, settings = self.effective_config(name), load_settings()
+        wanted = None if version is None else checked_name(version, "model_version")
+        for folder in (self._tree.samples, self._tree.processed):
+            folder.mkdir(parents=True, exist_ok=True)
+        files = sample_files(self._tree.samples)
+        if not any(_has_content(path) for path in files):
+            _log.warning("%s: no samples (*.jsonl), so none are prepared", self._tree.samples)
+            return ProcessReport(
+                model=name, version=wanted, files=tuple(path.name for path in files)
+            )
+        model = find_model(self._tree, name, wanted)
+        base = find_base(self._tree, model)
+        bars = SampleBars(files)
+        with bars.progress:
+            return prepare(
+                Preparation(self._tree, model, base, files, config, settings),
+                bars.watch(stop.reason), bars.file_done,
+            )  # fmt: skip
+
+    async def train_model(
+        self,
+        model_name: str = "llama",
+        model_version: Optional[str] = None,  # noqa: UP045
+        *,
+        num_epochs: Optional[int] = None,  # noqa: UP045
+        learning_rate: Optional[float] = None,  # noqa: UP045
+        lora_r: Optional[int] = None,  # noqa: UP045
+        lora_alpha: Optional[float] = None,  # noqa: UP045
+        lora_dropout: Optional[float] = None,  # noqa: UP045
+    ) -> TrainedFiles:
+        """Train on the prepared set: ``models/finetuned/<model>_<version>_finetuned``, whole.
+
+        Goes on from the newest checkpoint of the same data, base and settings, unless
+        ``checkpointing.resume`` is false; a cancel saves one first. Returns the folder and report.
+        Raises InvalidConfig, NotFound (the model), InvalidState (``not_processed``,
+        ``processed_mismatch``, ``folder_in_use``), TrainingFailed, WorkerLost, CorruptArtifact,
+        OSError.
+        """
+        keywords = {
+            "num_epochs": num_epochs, "learning_rate": learning_rate, "lora_r": lora_r,
+            "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
+        }  # fmt: skip
+        return await in_thread(
+            lambda stop: self._train(model_name, model_version, keywords, load_settings(), stop)
+        )
+
+    def _train(
+        self,
+        name: str,
+        version: str | None,
+        keywords: dict[str, Any],
+        settings: Settings,
+        stop: Stopper,
+    ) -> TrainedFiles:
+        config = self.effective_config(name, **keywords)
+        model = self._processed(name, version)
+        base = find_base(self._tree, model)
+        with training_watch(config, stop.reason) as watch:
+            return fit(Fitting(self._tree, model, base, config, settings), watch)
+
+    def dataloaders(
+        self,
+        model_name: str = "llama",
+        model_version: Optional[str] = None,  # noqa: UP045
+    ) -> DataLoaders:
+        """(training, validation) torch DataLoaders over the prepared set; see
+        :func:`llamahome.local.loaders.make_dataloaders`. Raises InvalidConfig, InvalidState."""
+        from llamahome.local.loaders import make_dataloaders
+
+        config = self.effective_config(model_name)
+        model = self._processed(model_name, model_version)
+        return make_dataloaders(self._tree.processed / model.label, config)
+
+    def _processed(self, name: str, version: str | None) -> Model:
+        """Raises InvalidState where there is no prepared set of the model."""
+        model = find_model(self._tree, name, version)
+        place = self._tree.processed / model.label
+        if read_manifest(place, model) is None:
+            raise unprocessed(place, model)
+        return model
+
+
+def _made(data_dir: object) -> Path:
+    if not isinstance(data_dir, (str, Path)) or not str(data_dir) or "\0" in str(data_dir):
+        raise InvalidConfig(f"must be a path, not {data_dir!r}", field="data_dir")
+    path = Path(data_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InvalidConfig(
+            "a file is in its place", file=str(path), field="data_dir", remedy="Name a folder"
+        ) from None
+    return path
+
+
+def _nested(keywords: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if value is None:
+            continue
+        *sections, key = _KEYWORDS[name]
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return found
+
+
+def _has_content(path: Path) -> bool:
+    """Whether reading it gives rows, or an error; blank lines alone are no samples."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as stream:
+        return any(line.strip() for line in stream)
