@@ -169,7 +169,8 @@ class Bench:
         try:
             admitted = [self.admit(engine, data, **settings) for data, settings in jobs]
             for _ in range(4):
-                engine.tick(wait=True)
+                if engine.busy:  # an idle engine would wait for ever
+                    engine.tick(wait=True)
             disturb(engine)
             engine.run()
         finally:

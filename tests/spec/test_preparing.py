@@ -6,9 +6,10 @@ import asyncio
 import io
 import json
 import logging
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,18 +35,13 @@ def ids_of(folder: Path, side: str) -> list[tuple[int, ...]]:
     return [tuple(rows.row(index)[0].tolist()) for index in range(len(rows))]
 
 
-def prepare_in_process(root: Path, go: Any) -> None:
-    go.wait()
-    asyncio.run(TrainingData(root, config=QUICK).process_samples())
-
-
 @pytest.mark.asyncio
 async def test_two_at_once_give_one_whole_set_and_a_rerun_changes_nothing(
     make_data: MakeData,
 ) -> None:
     """BEHAVIOUR 12: two managers with other settings at once leave one of the two sets, whole."""
     root = make_data("flat")
-    wishes = [{**QUICK, "max_length": 16}, {**QUICK, "max_length": 64}]
+    wishes = [{**QUICK, "max_length": 25}, {**QUICK, "max_length": 64}]
     alone = []
     for wish in wishes:
         await TrainingData(root, config=wish).process_samples()
@@ -68,15 +64,17 @@ def test_two_processes_at_once_give_one_whole_set(make_data: MakeData) -> None:
     asyncio.run(TrainingData(root, config=QUICK).process_samples())
     alone = contents(root / "processed" / LLAMA)
     shutil.rmtree(root / "processed")
-    context = multiprocessing.get_context("spawn")
-    go = context.Event()
-    both = [context.Process(target=prepare_in_process, args=(root, go)) for _ in range(2)]
+    code = (
+        "import asyncio, json, sys; from llamahome.local import TrainingData;"
+        "manager = TrainingData(sys.argv[1], config=json.loads(sys.argv[2]));"
+        "sys.stdin.read(); asyncio.run(manager.process_samples())"
+    )
+    words = [sys.executable, "-c", code, str(root), json.dumps(QUICK)]
+    both = [subprocess.Popen(words, stdin=subprocess.PIPE) for _ in range(2)]
     for process in both:
-        process.start()
-    go.set()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+        assert process.stdin is not None
+        process.stdin.close()
+    assert [process.wait() for process in both] == [0, 0]
     assert contents(root / "processed" / LLAMA) == alone
     assert not list((root / "processed").glob(".work-*"))
 
@@ -241,6 +239,7 @@ async def test_a_cancel_leaves_no_partial_set_and_no_process(
     write_samples(root / "samples", small)
     await manager.process_samples()
     before = contents(root / "processed")
+    children = psutil.Process(os.getpid()).children(recursive=True)
     (root / "samples" / "a.jsonl").write_bytes(full)
     at_work = asyncio.Event()
     hold = threading.Event()
@@ -267,7 +266,7 @@ async def test_a_cancel_leaves_no_partial_set_and_no_process(
         await running
     assert contents(root / "processed") == before
     assert not list((root / "processed").glob(".work-*"))
-    assert not psutil.Process(os.getpid()).children(recursive=True)
+    assert psutil.Process(os.getpid()).children(recursive=True) == children
 
 
 @pytest.mark.asyncio
