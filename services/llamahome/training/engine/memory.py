@@ -9,6 +9,7 @@ import psutil
 import torch
 
 _LOGIT_BYTES = 3 * 64 * 1024 * 1024  # the head's working set (losses.py)
+_TELLING_TOKENS = 512  # a smaller pass says little of what a token takes
 _SHARE = 0.9  # of what is free; the rest is left to fragments and estimates that are off
 
 
@@ -50,12 +51,20 @@ class MemoryModel:
 
     def __init__(self, shape: Shape, device: torch.device, limit: int | None = None) -> None:
         self.shape, self.device, self.limit = shape, device, limit
+        self._factor = 1.0
 
     def needs(self, tokens: int, recomputed: int) -> int:
         """Bytes for a learning pass with the first ``recomputed`` layers recomputed."""
         layer, kept = self.shape.layer_bytes, self.shape.element_bytes * self.shape.hidden
         whole = (self.shape.layers - recomputed) * layer + recomputed * kept
-        return tokens * (whole + (layer if recomputed else 0)) + self._head_bytes()
+        estimate = tokens * (whole + (layer if recomputed else 0))
+        return int(self._factor * estimate) + self._head_bytes()
+
+    def observe(self, tokens: int, recomputed: int, used: int) -> None:
+        """Learn from a pass that took ``used`` bytes: where estimates are low, they are raised."""
+        estimate = (self.needs(tokens, recomputed) - self._head_bytes()) / self._factor
+        if tokens >= _TELLING_TOKENS and used > self._head_bytes():
+            self._factor = max(self._factor, (used - self._head_bytes()) / estimate)
 
     def _head_bytes(self) -> int:
         return 0 if self.limit is not None else _LOGIT_BYTES

@@ -245,10 +245,19 @@ class Engine:
         return UnitLoss(sum(one.summed for one in losses), sum(one.weighted for one in losses))
 
     def _one_pass(self, units: list[Unit]) -> list[UnitLoss]:
-        if units[0].learns:
-            tokens = sum(unit.tokens for unit in units)
-            self.memory.enforce(tokens, self.warm.recomputation.layers)
-        return self.warm.run(units)
+        if not units[0].learns:
+            return self.warm.run(units)
+        tokens, recomputed = sum(unit.tokens for unit in units), self.warm.recomputation.layers
+        self.memory.enforce(tokens, recomputed)
+        device = self.warm.loaded.device
+        if device.type != "cuda":
+            return self.warm.run(units)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        losses = self.warm.run(units)
+        used = torch.cuda.max_memory_allocated(device) - before
+        self.memory.observe(tokens, recomputed, used)
+        return losses
 
     def _shrink(
         self, units: list[Unit], owners: Sequence[_Running], error: torch.OutOfMemoryError
