@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -160,9 +161,10 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         names = [name for name in _NAMES if not (asked.quick and name == "trl_padded")]
         table = one_job(names, folder, tokenise(folder, _MAX_LENGTH), asked.rows, asked.repeats)
         rows = json.loads((folder / "job" / "rows.json").read_text())
-        many.mkdir()
-        (many / "base").symlink_to(folder / "base")
+        shutil.copytree(folder / "base", many / "base")
+        make_base(many, SIZES[asked.job_size])
         jobs = many_jobs(many, tokenise(folder, _SHORT), asked.job_batch, quick=asked.quick)
+        jobs["size"] = asked.job_size
     lengths = [len(row["input_ids"]) for row in rows]
     batches = [lengths[first : first + _BATCH] for first in range(0, len(lengths), _BATCH)]
     speed = {name: one["tokens_per_cpu_second"] for name, one in table.items()}
@@ -202,7 +204,7 @@ def show(found: dict[str, Any]) -> None:
 
 def _show_jobs(jobs: dict[str, Any]) -> None:
     print(f"\nK jobs of {jobs['steps']} steps of {jobs['batch']} x up to {jobs['rows_up_to']} "
-          "tokens: CPU seconds\n")  # fmt: skip
+          f"tokens, base: {jobs['size']}; CPU seconds\n")  # fmt: skip
     print(f"{'K':>3}{'tokens':>9}{'warm, together':>16}{'warm, in turn':>15}{'start + load':>14}"
           f"{'fresh: training':>17}{'all':>8}{'warm is':>9}{'cold is':>9}")  # fmt: skip
     for count, row in jobs["by_count"].items():
@@ -220,6 +222,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), help="of the base (medium; quick: small)")
     parser.add_argument("--rows", type=int, help="conversations of the one job (64; quick: 24)")
+    parser.add_argument("--job-size", choices=list(SIZES), help="base of the small jobs (small)")
     parser.add_argument("--job-batch", type=int, default=1, help="rows a step of the small jobs")
     parser.add_argument("--repeats", type=int, help="turns of the one job; the best counts (2)")
     parser.add_argument("--quick", action="store_true", help="under two minutes")
@@ -236,6 +239,7 @@ def main() -> int:
         print(f"{' and '.join(missing)} missing: run `make install-bench` first", file=sys.stderr)
         return 2
     asked.size = asked.size or ("small" if asked.quick else "medium")
+    asked.job_size = asked.job_size or ("tiny" if asked.size == "tiny" else "small")
     asked.rows = asked.rows or (24 if asked.quick else 64)
     asked.repeats = asked.repeats or (1 if asked.quick else 2)
     found = compare(asked)

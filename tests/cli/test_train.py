@@ -218,6 +218,7 @@ def test_dead_around_the_moment_a_checkpoint_is_pointed_to_it_ends_with_the_same
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_child(
     train: Train, place: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 63: no orphan is left."""
     out = tmp_path / "out"
     with running(place, out) as process:
         await_checkpoint(out, process)

@@ -113,6 +113,7 @@ def control_count(folder: Path, ids: list[int]) -> int:
 def test_control_text_in_content_stays_text(
     make_base: MakeBase, template: str, family: str, text: str
 ) -> None:
+    """BEHAVIOUR 40: token ids of control text, over templates and tokenizers."""
     folder = make_base(template, family)
     base = base_of(folder)
     plain = base.tokenise(talk("q", "a", "q", "a", system="s"), loss_scope="assistant")

@@ -81,6 +81,7 @@ class CountingStream(io.BytesIO):
 
 
 def test_a_huge_line_is_never_held_whole() -> None:
+    """BEHAVIOUR 38: bounded memory."""
     stream = CountingStream(b"x" * 5_000_000 + b"\nshort")
     found = list(lines_of_range(stream, 0, 5_000_006, max_line_bytes=1000))
     assert found == [(None, 5_000_001), (b"short", 5_000_006)]

@@ -74,6 +74,7 @@ def by_hand(messages: list[Message], bos: str, eos: str) -> tuple[str, list[bool
 
 
 def test_the_form_is_paired_markers_in_turn_order(make_base: MakeBase) -> None:
+    """BEHAVIOUR 47: with markers, each turn between its own pair."""
     base = ChatBase.load(make_base("chatml"), markers=True)
     row = said({"role": "system", "content": "Be brief."}, USER, ANSWER, USER, ANSWER)
     found = base.tokenise(row, loss_scope="assistant")
@@ -97,6 +98,7 @@ def test_the_form_is_paired_markers_in_turn_order(make_base: MakeBase) -> None:
 def test_markers_come_after_all_ids_and_only_once(
     make_base: MakeBase, tmp_path: Path, kind: str
 ) -> None:
+    """BEHAVIOUR 48: single new ids, added once; the other tokens keep theirs."""
     folder = make_base("llama2", kind)
     before = Tokenizer.from_file(str(folder / "tokenizer.json"))
     size = before.get_vocab_size()
@@ -120,6 +122,7 @@ def test_markers_come_after_all_ids_and_only_once(
 def test_transformers_gives_the_same_ids_from_the_written_files(
     make_base: MakeBase, tmp_path: Path, kind: str
 ) -> None:
+    """BEHAVIOUR 48: the saved tokenizer gives the same ids."""
     folder = make_base("chatml_generation", kind)
     base = ChatBase.load(folder, markers=True)
     oracle = reference(written(folder, tmp_path))

@@ -59,6 +59,7 @@ def with_template(make_base: MakeBase, template: str) -> ChatBase:
 def test_answers_and_their_end_markers_are_trained(
     make_base: MakeBase, template: str | None, answers: list[str]
 ) -> None:
+    """BEHAVIOUR 51: which tokens carry loss."""
     base = ChatBase.load(make_base(template))
     row = talk("Ask", "One.", "Again", "Two!")
     found = base.tokenise(row, loss_scope="assistant")

@@ -27,6 +27,7 @@ def digests(count: int) -> list[bytes]:
     ],
 )  # fmt: skip
 def test_counts_are_exact(rows: int, share: float, wanted: int) -> None:
+    """BEHAVIOUR 59: the counts of the split."""
     assert validation_groups(rows, share) == wanted
     split = split_rows(digests(rows), seed=42, share=share, keep_duplicates=True)
     assert len(split.validation) == wanted
@@ -46,6 +47,7 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
 
 
 def test_equal_rows_stay_on_one_side_and_are_counted_once() -> None:
+    """BEHAVIOUR 41: equal rows and the split."""
     rows = digests(10) * 3
     split = split_rows(rows, seed=42, share=0.2, keep_duplicates=True)
     assert len(split.validation) == 6

@@ -269,6 +269,7 @@ def test_a_file_that_is_no_jsonl_fails_with_its_line_and_keeps_a_quarantine(
 
 
 def test_every_process_serves_metrics_and_the_counts_equal_the_records(fleet: Fleet) -> None:
+    """BEHAVIOUR 80: Prometheus counts equal the records."""
     coordinator = next(w for w in fleet.json("ps") if w["role"] == "coordinator")
     with urllib.request.urlopen(
         f"http://127.0.0.1:{coordinator['metrics_port']}/sd", timeout=5

@@ -35,6 +35,7 @@ def point(storage: LocalStorage, root: Path, step: int, *, best: bool = False) -
 
 
 def test_the_newest_and_the_best_checkpoint_stay(tmp_path: Path) -> None:
+    """BEHAVIOUR 73: save_total_limit in one folder; a corrupt one is not used."""
     storage = LocalStorage(tmp_path / "storage")
     saved(storage, tmp_path, 1, 2, best=2)
     saved(storage, tmp_path, 1, 4, best=2)

@@ -68,6 +68,7 @@ def folder_of(outputs: dict[Any, RunOutput], storage: Storage, into: Path) -> Pa
 def test_the_prepared_tokenizer_gives_the_prepared_ids_in_transformers(
     storage: Storage, base: Path, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 48: the tokenizer beside the data gives their ids."""
     from transformers import AutoTokenizer
 
     rows = [row(n) for n in range(6)]

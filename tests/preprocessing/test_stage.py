@@ -123,6 +123,7 @@ def test_rows_become_the_ids_and_masks_of_the_base_in_split_order(
 def test_the_artifact_does_not_depend_on_how_the_files_were_cut(
     storage: Storage, base: Path, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 60: any number of shards."""
     rows = [*(row(n) for n in range(12)), row(3), b"{}", row(5, "</s>")]
     files = [upload_rows(storage, rows[:9], "a.jsonl"), upload_rows(storage, rows[9:], "b.jsonl")]
     digests = set()
@@ -137,6 +138,7 @@ def test_the_artifact_does_not_depend_on_how_the_files_were_cut(
 def test_the_order_of_the_rows_in_the_file_does_not_change_the_split(
     storage: Storage, base: Path, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 56: any order of the rows."""
     rows = [row(n) for n in range(15)]
     found = []
     for order in (rows, rows[::-1]):
@@ -210,6 +212,7 @@ def test_long_rows_are_cut_or_dropped_and_counted(
 def test_a_set_without_anything_to_train_fails_the_job(
     storage: Storage, base: Path, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 77: zero samples fail before any model is loaded."""
     silent = json.loads(row(1))
     silent["messages"][1]["weight"] = 0
     file = upload_rows(storage, [json.dumps(silent).encode()])
@@ -225,6 +228,7 @@ def test_a_set_without_anything_to_train_fails_the_job(
 def test_one_row_is_enough_and_has_no_validation_side(
     storage: Storage, base: Path, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 59, 77: a single sample is for training."""
     events: list[NewEvent] = []
     spec = job_spec([upload_rows(storage, [row(1)])], base=base)
     report = report_of(prepare(spec, storage, tmp_path, events), storage, tmp_path)
@@ -261,6 +265,7 @@ def test_a_base_without_a_template_hands_on_the_one_it_was_given(
 
 
 def test_a_base_that_cannot_be_used_says_why(storage: Storage, base: Path, tmp_path: Path) -> None:
+    """BEHAVIOUR 54: an id beyond the model's embeddings."""
     file = upload_rows(storage, [row(1)])
     with pytest.raises(NotFound, match="Mount it"):
         prepare(job_spec([file], base=tmp_path / "none"), storage, tmp_path)

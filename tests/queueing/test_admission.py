@@ -74,6 +74,7 @@ def test_an_upload_over_the_limit_is_refused_and_nothing_stays(
 def test_a_job_is_accepted_with_its_effective_configuration_and_rung_for(
     admission: Admission, upload: StoredFile, rings: list[Stage]
 ) -> None:
+    """BEHAVIOUR 25: the effective settings are kept with the job."""
     wanted = Wanted(
         model="tiny",
         training_file=upload.id,
@@ -107,6 +108,7 @@ def test_a_wrong_wish_is_refused_by_name_and_leaves_no_job(
     kind: type[Exception],
     text: str,
 ) -> None:
+    """BEHAVIOUR 25: a submission's settings are checked by the schema of the file."""
     good = {"model": "tiny", "training_file": upload.id}
     with pytest.raises(kind, match=text):
         admission.submit("acme", Wanted(**(good | change)), kind="http")

@@ -33,6 +33,7 @@ def test_queue_and_task_names_are_what_stock_senders_use() -> None:
 
 
 def test_the_messages_have_exactly_these_fields() -> None:
+    """BEHAVIOUR 80: messages are checked by pydantic."""
     assert set(Doorbell.model_fields) == {"v", "queue"}
     assert set(SubmitMessage.model_fields) == {
         "v", "submission_id", "api_key", "model", "training_file", "validation_file", "recipe",
@@ -43,6 +44,7 @@ def test_the_messages_have_exactly_these_fields() -> None:
 def test_a_doorbell_is_small_json_without_content_and_the_queue_is_bounded(
     settings: Settings,
 ) -> None:
+    """BEHAVIOUR 80: messages are small JSON."""
     with private_redis(settings) as client:
         bell = CeleryBell(settings)
         bell.ring(Stage.training, recover=True)

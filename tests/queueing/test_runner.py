@@ -63,6 +63,7 @@ def test_a_job_is_worked_off_and_its_artifacts_lie_where_the_layout_says(
 def test_equal_work_is_done_once_for_two_jobs_of_a_tenant_and_again_for_another(
     ledger: Ledger, make_runner: MakeRunner, make_spec: MakeSpec, stage: CountingStage
 ) -> None:
+    """BEHAVIOUR 80: work that comes again is not done again."""
     for tenant, expected in (("acme", 1), ("acme", 1), ("other", 2)):
         job, _ = ledger.submit(make_spec(tenant=tenant))
         _work_off(make_runner)
@@ -118,6 +119,7 @@ def test_each_kind_of_error_means_what_the_error_tree_says(
     state: RunState,
     code: str,
 ) -> None:
+    """BEHAVIOUR 76: each failure of a stage is typed, a full disk too."""
     job, _ = ledger.submit(make_spec())
     runner = make_runner(function=_raise(error))
     assert runner.work() == 1
@@ -210,6 +212,7 @@ def test_thirty_jobs_survive_a_bell_that_drops_and_doubles_a_third(
     make_spec: MakeSpec,
     settings: Settings,
 ) -> None:
+    """BEHAVIOUR 80: lost and doubled messages are harmless."""
     doors: dict[Stage, queue.Queue[bool]] = {stage: queue.Queue() for stage in Stage}
     bell = FaultyBell(lambda stage, recover: doors[stage].put(recover), seed=7)
     jobs = [ledger.submit(make_spec(shards=2, content=f"{n:x}"[-1]))[0].id for n in range(30)]

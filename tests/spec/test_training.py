@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def run_snippet(code: str) -> TrainingData:
 
 
 @pytest.fixture(scope="module")
-def basic(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Iterator[Path]:
+def basic(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """The data folder after the basic snippet, run beside it."""
     root = tmp_path_factory.mktemp("basic") / "data"
     fill(root, base_folder)
@@ -85,7 +84,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Iterat
         patch.setenv("LLAMAHOME_THREADS", "1")
         patch.delenv("LLAMAHOME_TRAINING_CONFIG", raising=False)
         run_snippet(BASIC)
-    yield root
+    return root
 
 
 @pytest.fixture
@@ -254,9 +253,9 @@ async def test_a_training_can_be_cancelled_and_goes_on_where_it_was(
     make_data: MakeData, caplog: pytest.LogCaptureFixture
 ) -> None:
     """BEHAVIOUR 63, 73, 12: the loop goes on meanwhile; another manager is told that the model is
-    being trained; a cancel ends the engine's process and saves; the next call goes on from there."""
+    being trained; a cancel saves and ends the engine's process; the next call goes on there."""
     root = make_data("flat", rows=40)
-    wishes = {**QUICK, "epochs": 30, "batch_size": 1, "early_stopping": {"enabled": False}}
+    wishes = {**QUICK, "epochs": 6, "batch_size": 1, "early_stopping": {"enabled": False}}
     manager = TrainingData(root, config=wishes)
     await manager.process_samples()
     stepping = asyncio.Event()
@@ -290,6 +289,6 @@ async def test_a_training_can_be_cancelled_and_goes_on_where_it_was(
     assert not (root / "checkpoints" / LABEL / "snapshot").exists()
     done = await manager.train_model()
     assert done.trained
-    assert done.report.training.steps == 30 * 36
+    assert done.report.training.steps == 6 * 36
     [resumed] = done.report.training.resumed_from
-    assert 1 <= resumed < 30 * 36
+    assert 1 <= resumed < 6 * 36

@@ -268,8 +268,9 @@ def test_what_the_engine_refuses_ends_the_job_as_the_users_error(
 
 
 def test_the_adapters_config_has_what_peft_and_vllm_read_and_no_more(earlier: Any) -> None:
-    """vLLM's file-system resolver asks for peft_type and for the base by the name it is served
-    under; its loader for r, lora_alpha and target_modules, and that modules_to_save be empty."""
+    """BEHAVIOUR 66: vLLM's file-system resolver asks for peft_type and for the base by the name it
+    is served under; its loader for r, lora_alpha and target_modules, and that modules_to_save be
+    empty."""
     import peft
 
     config = json.loads((earlier.folder / "adapter_config.json").read_text())

@@ -49,6 +49,7 @@ def test_the_digest_tells_apart_ids_masks_and_sides(write: Callable[..., TokenRo
 
 
 def test_no_rows_and_nothing_to_learn_are_refused(write: Callable[..., TokenRows]) -> None:
+    """BEHAVIOUR 77: zero rows are refused."""
     empty, silent = write("a"), write("b", ([1, 2], [1, 0]))
 
     with pytest.raises(InvalidData, match="no training rows"):

@@ -161,6 +161,7 @@ def test_killed_at_a_named_place_of_a_save_it_ends_with_the_undisturbed_bytes(
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
     settings: Settings, make_task: MakeTask, make_ports: MakePorts
 ) -> None:
+    """BEHAVIOUR 73: a corrupt newest checkpoint."""
     expected = undisturbed(settings, make_task, make_ports)
     killing = Killing(settings, make_task, make_ports)
 

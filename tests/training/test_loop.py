@@ -60,6 +60,7 @@ def history(trained: TrainedAdapter) -> list[dict[str, Any]]:
 def test_the_loss_falls_the_adapter_moves_and_the_base_does_not(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
+    """BEHAVIOUR 66: only the adapter is trained; the base's checksum stays."""
     trained = train(make_spec(epochs=8, lora={"target_modules": "all-linear"}), data, ports)
 
     report = trained.report
@@ -77,6 +78,7 @@ def test_the_loss_falls_the_adapter_moves_and_the_base_does_not(
 def test_the_events_tell_the_story_and_the_metrics_carry_their_figures(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
+    """BEHAVIOUR 69: fp16 on a CPU warns and names fp32."""
     trained = train(make_spec(fp16=True), data, ports)
 
     said = ports.messages()
@@ -98,6 +100,7 @@ def test_the_events_tell_the_story_and_the_metrics_carry_their_figures(
 def test_history_is_complete_strict_json_and_holds_no_clock(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
+    """BEHAVIOUR 75: a line of strict JSON for each logging step."""
     trained = train(make_spec(logging={"steps": 2}), data, ports)
 
     lines = history(trained)
@@ -145,6 +148,7 @@ def test_rows_cut_into_other_micro_batches_give_the_same_step(
 def test_early_stopping_ends_the_run_and_the_best_weights_are_the_ones_published(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
+    """BEHAVIOUR 71: it stops, says why, and publishes the best weights."""
     from safetensors.torch import load_file
 
     # At this rate it learns and then breaks what it learned.
@@ -171,6 +175,7 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_the_ones_published
 def test_without_validation_rows_there_is_no_evaluation_and_a_warning(
     make_spec: MakeSpec, ports: Any, make_prepared: Callable[..., Path]
 ) -> None:
+    """BEHAVIOUR 58, 75: no evaluation, a warning, and a null eval_loss."""
     folder = make_prepared(training=1, validation=0)
 
     report = train(make_spec(), TokenData.open(folder), ports).report
@@ -186,6 +191,7 @@ def test_without_validation_rows_there_is_no_evaluation_and_a_warning(
 def test_peft_loads_the_result_onto_the_base_and_the_logits_change(
     make_spec: MakeSpec, data: TokenData, ports: Any, base_folder: Path
 ) -> None:
+    """BEHAVIOUR 74: PEFT loads the result."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -212,6 +218,7 @@ def test_peft_loads_the_result_onto_the_base_and_the_logits_change(
 def test_a_module_that_is_not_there_is_refused_with_those_that_are(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
+    """BEHAVIOUR 66: a wrong module name lists those there are."""
     spec = make_spec(lora={"target_modules": ["q_proj", "query", "lm_head"]})
 
     with pytest.raises(InvalidConfig, match="no linear layer 'query'") as caught:
@@ -225,6 +232,7 @@ def test_a_module_that_is_not_there_is_refused_with_those_that_are(
 def test_a_row_longer_than_the_context_is_refused_before_training(
     make_spec: MakeSpec, ports: Any, make_prepared: Callable[..., Path]
 ) -> None:
+    """BEHAVIOUR 53: a row longer than the model's context."""
     folder = make_prepared(training=40, validation=0, longest=96)
 
     with pytest.raises(InvalidConfig, match="context of 48") as caught:
@@ -236,6 +244,7 @@ def test_a_row_longer_than_the_context_is_refused_before_training(
 def test_a_token_the_base_does_not_have_is_refused(
     make_spec: MakeSpec, data: TokenData, ports: Any, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 54: ids are below the vocabulary's size."""
     foreign = rows(tmp_path, TokenRow(np.array([5, 64], np.int32), np.array([0, 1], np.bool_)))
 
     with pytest.raises(InvalidData, match="token id 64"):
@@ -292,6 +301,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
 def test_three_steps_in_a_row_that_are_not_finite_fail_the_job_and_keep_the_checkpoint(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
+    """BEHAVIOUR 76: NaN is a typed failure; the good checkpoint stays."""
     import torch
 
     spec = make_spec()
@@ -310,6 +320,7 @@ def test_three_steps_in_a_row_that_are_not_finite_fail_the_job_and_keep_the_chec
 def test_a_checkpoint_of_another_config_is_refused(
     make_spec: MakeSpec, data: TokenData, make_ports: MakePorts
 ) -> None:
+    """BEHAVIOUR 73: a checkpoint of other settings."""
     first = make_ports("a", {2: StopReason.drain})
     with pytest.raises(Stopped):
         train(make_spec(), data, first)

@@ -61,6 +61,7 @@ def run(
 
 
 def test_stopped_after_a_step_and_resumed_it_ends_with_the_same_bytes(run: Run) -> None:
+    """BEHAVIOUR 73: resume gives the same steps and bytes."""
     _, undisturbed = run("undisturbed")
     assert undisturbed is not None
 
@@ -108,6 +109,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bytes(run: Run) -> None:
 
 
 def test_early_stopping_and_its_best_weights_survive_a_resume(run: Run) -> None:
+    """BEHAVIOUR 71: its state survives a resume."""
     settings: dict[str, Any] = {
         "epochs": 40, "learning_rate": 0.3, "lr_scheduler": "constant", "max_grad_norm": 100.0,
         "early_stopping": {"patience": 2}, "eval_steps": None,
@@ -202,6 +204,7 @@ def test_a_torn_state_file_is_found(run: Run) -> None:
 
 
 def test_the_oldest_are_pruned_but_never_the_best_or_the_newest(tmp_path: Path) -> None:
+    """BEHAVIOUR 73: save_total_limit, the best kept."""
     for step in (1, 2, 3, 4, 5):
         (tmp_path / f"checkpoint-{step:08d}").mkdir()
 

@@ -27,12 +27,14 @@ def config(**changes: object) -> TrainingConfig:
 def test_steps_are_windows_of_batches_rounded_up_in_every_epoch(
     rows: int, batch: int, accumulation: int, epochs: int
 ) -> None:
+    """BEHAVIOUR 68, 77: steps = ceil(ceil(n / batch) / accumulation) x epochs, one at least."""
     plan = Plan(rows, batch, accumulation, epochs, seed=1)
 
     assert plan.total_steps == math.ceil(math.ceil(rows / batch) / accumulation) * epochs
 
 
 def test_every_row_is_taken_once_in_every_epoch_and_the_last_partial_batch_is_kept() -> None:
+    """BEHAVIOUR 61: the last partial batch is trained on."""
     plan = Plan(rows=11, batch_size=2, accumulation=2, epochs=2, seed=7)
 
     for epoch in range(2):
@@ -67,6 +69,7 @@ def test_epochs_are_counted_from_one_and_zero_is_before_the_first() -> None:
 
 
 def test_the_rate_rises_over_the_warm_up_and_then_falls_and_is_never_zero() -> None:
+    """BEHAVIOUR 68: the rate falls after the warm-up."""
     settings = config(learning_rate=1.0, warmup_steps=4)
 
     rates = [learning_rate(step, 10, settings) for step in range(10)]

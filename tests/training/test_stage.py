@@ -142,6 +142,7 @@ def test_the_engine_gives_the_bytes_that_the_loop_gives_in_process(
     kept: dict[str, str],
     prepared_folder: Path,
 ) -> None:
+    """BEHAVIOUR 80: one implementation, in process and behind the queue."""
     from llamahome.training.data import TokenData
     from llamahome.training.loop import train
     from llamahome.training.runtime import Runtime
@@ -203,6 +204,7 @@ def test_a_paused_job_goes_on_later_to_the_same_bytes(
 def test_a_supervisor_told_to_exit_saves_and_the_next_one_goes_on_to_the_same_bytes(
     stage: Stage, make_task: MakeTask, make_ports: MakePorts, kept: dict[str, str]
 ) -> None:
+    """BEHAVIOUR 76: SIGTERM saves first."""
     expected = undisturbed(stage, make_task(), make_ports("whole"), kept)
     first = make_ports("first")
 

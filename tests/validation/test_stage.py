@@ -54,6 +54,7 @@ def report_of(storage: Storage, output: RunOutput, into: Path) -> ValidationRepo
 def test_every_row_is_valid_or_rejected_with_its_line_and_reason(
     storage: Storage, tmp_path: Path
 ) -> None:
+    """BEHAVIOUR 28, 42: each line is counted, or named with its reason."""
     spec = job_spec([upload(storage, MIXED, "mixed.jsonl")], validation=SMALL_LINES)
     outputs, closed = validate(spec, storage, tmp_path)
     report = report_of(storage, closed, tmp_path)

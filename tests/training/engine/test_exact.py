@@ -296,7 +296,7 @@ def test_in_the_grouped_tier_a_nan_stays_in_its_group_and_a_whole_run_learns_the
 def test_a_whole_run_learns_what_a_plain_loop_with_peft_learns(
     bench: Bench, base_folder: Any
 ) -> None:
-    """Same start, order, schedule and clipping, without dropout: the same weights in the end."""
+    """BEHAVIOUR 68: same start, order, schedule and clipping, no dropout: the same weights."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -63,6 +63,7 @@ def test_one_cancelled_in_the_middle_of_its_window_changes_nothing_for_the_other
 def test_one_whose_disk_is_full_fails_alone_with_its_last_checkpoint_kept(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """BEHAVIOUR 76: a full disk."""
     from llamahome.training.engine import saving
 
     expected = file_bytes(bench.run({"b": B})["b"])
@@ -98,6 +99,7 @@ def _limit(bench: Bench, tokens: int, *, recomputed: bool) -> int:
 def test_out_of_memory_together_they_go_on_in_smaller_ticks_with_the_same_bytes(
     bench: Bench,
 ) -> None:
+    """BEHAVIOUR 65, 76: what need not fail for lack of memory does not."""
     expected = {name: file_bytes(end) for name, end in bench.run({"a": A, "b": B}).items()}
     engine = bench.engine(memory_bytes=_limit(bench, 48, recomputed=True))
     ended: dict[str, Any] = {}
@@ -125,6 +127,7 @@ def test_out_of_memory_within_a_micro_batch_it_is_cut_between_rows(bench: Bench)
 def test_a_row_that_does_not_fit_by_itself_fails_its_job_and_no_other(
     bench: Bench, make_prepared: Callable[..., Path]
 ) -> None:
+    """BEHAVIOUR 76: out of memory."""
     from llamahome.training.data import TokenData
 
     long = TokenData.open(make_prepared(training=6, validation=0, longest=40))

@@ -63,6 +63,16 @@ def keep_mask(
     return torch.from_numpy(draws[rows.start :, :columns] >= dropout.level)
 
 
+def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``x`` where ``mask`` is True, else zero (NaN where x is); in neither case x itself.
+
+    numpy multiplies floats by bools four times as fast on a CPU as torch does, to the same bits.
+    """
+    if x.is_cuda or x.dtype is torch.bfloat16:
+        return x * mask
+    return torch.from_numpy(x.detach().numpy() * mask.numpy())
+
+
 def start_values(seed: int, site: str, rank: int, columns: int) -> torch.Tensor:
     """LoRA's A at the start, fp32 [rank, columns] on the CPU: uniform in +-1/sqrt(columns).
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llamahome.errors import OperatorError
-from llamahome.training.engine.draws import keep_mask
+from llamahome.training.engine.draws import keep_mask, masked
 from llamahome.training.engine.grouped import (
     GroupedLora,
     Grouping,
@@ -151,7 +151,7 @@ class _Lora(torch.autograd.Function):
                 continue
             part = _Part(site, segment)
             mine, mask = flat[segment.start : segment.end], part.mask(x.device)
-            h = (mine if mask is None else mine * mask) @ part.pair.a.t()
+            h = (mine if mask is None else masked(mine, mask)) @ part.pair.a.t()
             y[segment.start : segment.end].addmm_(h, part.pair.b.t(), alpha=part.factor)
             parts.append(part)
             saved += [h] if mask is None or mask.is_cuda else [h, mask]
@@ -174,13 +174,14 @@ class _Lora(torch.autograd.Function):
             mine, dy_j = flat[start:end], dy[start:end]
             _add_product(part.pair.grad_b, dy_j.t(), h, part.factor)
             dh = torch.mm(dy_j, part.pair.b).mul_(part.factor)
-            _add_product(part.pair.grad_a, dh.t(), mine if mask is None else mine * mask, 1.0)
+            dropped = mine if mask is None else masked(mine, mask)
+            _add_product(part.pair.grad_a, dh.t(), dropped, 1.0)
             if dx is None:
                 continue
             if mask is None:
                 dx[start:end].addmm_(dh, part.pair.a)
             else:
-                dx[start:end].addcmul_(torch.mm(dh, part.pair.a), mask.to(dx.dtype))
+                dx[start:end] += masked(torch.mm(dh, part.pair.a), mask)
         return (None if dx is None else dx.view(ctx.shape), None, None, None, None)
 
 
