@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-bench demo check format test test-long clean
+.PHONY: help install install-bench demo check format test test-long spec-coverage clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -37,6 +37,7 @@ check: $(STAMP) ## format, lint, types, import contracts, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/spec_coverage.py --check
 	$(PYTEST) -q -n 2 -m 'not fleet and not model and not long and not gpu'
 
 format: $(STAMP) ## rewrite the sources in the house format
@@ -48,6 +49,9 @@ test: $(STAMP) ## every test, in small doses (under 15 minutes on 2 cores)
 
 test-long: $(STAMP) ## every test, in full doses
 	$(PYTEST) -n 2 --dist loadgroup -m 'not gpu'
+
+spec-coverage: $(STAMP) ## write docs/spec_coverage.md from the tests
+	$(BIN)/python docs/spec_coverage.py
 
 clean: ## remove what the demo and the tests left in this folder (not .venv)
 	rm -rf .llamahome .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

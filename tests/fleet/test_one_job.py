@@ -45,7 +45,7 @@ def _adapter_digest(fleet: Fleet, job_id: str, into: Path) -> str:
 def test_three_ways_to_submit_give_three_equal_jobs(
     fleet: Fleet, data: Path, tmp_path: Path
 ) -> None:
-    """By command line, by Python client, and by Celery from a process without our code."""
+    """BEHAVIOUR 80: by command line, by Python client, and by Celery from foreign code."""
     by_cli = fleet.run("submit", str(data / "train.jsonl"), "--base", "tiny", *SMALL)
     assert by_cli.returncode == 0, by_cli.stderr
     jobs = [by_cli.stdout.strip()]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from support.bases import write_base
+
 Row = dict[str, Any]
 QUICK: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "epochs": 2, "learning_rate": 1e-2, "warmup_steps": 1,
@@ -26,6 +28,14 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base as far as the data stages know it: a tokenizer with a template, no weights."""
+    folder = write_base(tmp_path_factory.mktemp("bases") / "base", "chatml_generation")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 0.6 million parameters with random weights, and its tokenizer."""
     from llamahome.training import make_tiny
 
@@ -59,9 +69,13 @@ def make_data(tmp_path: Path, base_folder: Path) -> MakeData:
     as the models named."""
 
     def make(
-        name: str = "data", *, rows: int = 20, models: Iterable[str] = ("llama/3.3-7b",)
+        name: str = "data",
+        *,
+        rows: int = 20,
+        models: Iterable[str] = ("llama/3.3-7b",),
+        base: Path = base_folder,
     ) -> Path:
-        return fill(tmp_path / name, base_folder, rows=rows, models=models)
+        return fill(tmp_path / name, base, rows=rows, models=models)
 
     return make
 

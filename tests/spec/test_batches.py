@@ -77,6 +77,24 @@ def test_more_loader_processes_give_the_same_batches(make_data: MakeData) -> Non
     assert rows_of(two.training) == rows_of(alone.training) == rows_of(many.training)
 
 
+def test_a_set_is_read_as_it_was_made_or_not_at_all(make_data: MakeData) -> None:
+    """BEHAVIOUR 12, 62: loaders for other settings are refused; a pickled dataset finds out that
+    another set came into the place of its own."""
+    import pickle
+
+    root = make_data("flat", rows=40)
+    loaders = prepared(root).dataloaders()
+    pickled = pickle.dumps(loaders.training.dataset)
+    first = loaders.training.dataset[0]["input_ids"].tolist()
+    assert pickle.loads(pickled)[0]["input_ids"].tolist() == first
+    with pytest.raises(InvalidState, match=r"seed \(42, now 1\)"):
+        TrainingData(root, config={**QUICK, "seed": 1}).dataloaders()
+    prepared(root, seed=1)
+    assert loaders.training.dataset[0]["input_ids"].tolist() == first
+    with pytest.raises(InvalidState, match="replaced"):
+        pickle.loads(pickled)[0]
+
+
 def test_without_a_prepared_set_there_are_no_loaders(make_data: MakeData) -> None:
     """BEHAVIOUR 9: the remedy is named here, too."""
     with pytest.raises(InvalidState, match="process_samples"):

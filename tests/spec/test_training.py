@@ -75,10 +75,10 @@ def run_snippet(code: str) -> TrainingData:
 
 
 @pytest.fixture(scope="module")
-def basic(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+def basic(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """The data folder after the basic snippet, run beside it."""
     root = tmp_path_factory.mktemp("basic") / "data"
-    fill(root, base_folder)
+    fill(root, tiny_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root.parent)
         patch.setenv("LLAMAHOME_THREADS", "1")
@@ -250,11 +250,11 @@ class FirstStep(logging.Handler):
 
 @pytest.mark.asyncio
 async def test_a_training_can_be_cancelled_and_goes_on_where_it_was(
-    make_data: MakeData, caplog: pytest.LogCaptureFixture
+    make_data: MakeData, tiny_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """BEHAVIOUR 63, 73, 12: the loop goes on meanwhile; another manager is told that the model is
     being trained; a cancel saves and ends the engine's process; the next call goes on there."""
-    root = make_data("flat", rows=40)
+    root = make_data("flat", rows=40, base=tiny_folder)
     wishes = {**QUICK, "epochs": 6, "batch_size": 1, "early_stopping": {"enabled": False}}
     manager = TrainingData(root, config=wishes)
     await manager.process_samples()

@@ -20,7 +20,7 @@ from llamahome.conversations.masks import Dropped
 from llamahome.conversations.rows import conversation_of
 from llamahome.conversations.tokens import TokenRows, read_token_rows
 from llamahome.conversations.truncate import kept_length
-from llamahome.errors import InvalidData
+from llamahome.errors import InvalidData, InvalidState
 from llamahome.local.tokenizers import chat_base_of
 
 IGNORED = -100  # torch.nn.CrossEntropyLoss's ignore_index
@@ -112,6 +112,7 @@ class TokenRowsDataset(Dataset[Item]):
     def __init__(self, path: Path, *, max_length: int, pad_id: int) -> None:
         """Raises CorruptArtifact, OSError."""
         self.path, self.max_length, self._pad_id = path, max_length, pad_id
+        self._inode = path.stat().st_ino
         self._rows: TokenRows | None = read_token_rows(path)
         self._length = len(self._rows)
 
@@ -123,7 +124,13 @@ class TokenRowsDataset(Dataset[Item]):
         return self._length
 
     def __getitem__(self, index: int) -> Item:
+        """Raises IndexError, and InvalidState where the set was replaced before it was read."""
         if self._rows is None:
+            if self.path.stat().st_ino != self._inode:
+                raise InvalidState(
+                    "was replaced by another set", file=str(self.path), code="processed_mismatch",
+                    remedy="Make the loaders anew",
+                )  # fmt: skip
             self._rows = read_token_rows(self.path)
         ids, trained = self._rows.row(index)
         return padded_item(ids, trained, length=self.max_length, pad_id=self._pad_id)

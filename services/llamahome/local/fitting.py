@@ -99,16 +99,8 @@ class _Fit:
         """The set's job with this call's settings. Raises InvalidState where the set is another."""
         wanted = self._wanted
         config = wanted.config.model_dump(mode="json")
-        spec = manifest.spec.model_copy(update={"base": wanted.base, "config": config})
-        if found := manifest.differences(spec):
-            model = wanted.model
-            raise InvalidState(
-                f"the prepared set was made with another {', '.join(found)}",
-                file=str(wanted.tree.processed / model.label), code="processed_mismatch",
-                remedy=f"Call process_samples({model.name!r}, {model.version!r}) again, with these "
-                "settings",
-            )  # fmt: skip
-        return spec
+        manifest.check(config, wanted.tree.processed / wanted.model.label, wanted.base)
+        return manifest.spec.model_copy(update={"base": wanted.base, "config": config})
 
     def _goes_on(self, record: RunRecord) -> bool:
         """Whether what is in the folder is of the same run, and is to be used."""

@@ -27,6 +27,7 @@ from llamahome.local.bases import Model
 from llamahome.local.tree import locked, recover, replace_folder
 from llamahome.schemas import (
     MANIFEST_NAME,
+    BaseRef,
     JobSpec,
     JsonObject,
     ManifestEntry,
@@ -90,16 +91,22 @@ class SetManifest(Schema):
     summaries: dict[Stage, JsonObject]
     files: tuple[ManifestEntry, ...]
 
-    def differences(self, spec: JobSpec) -> list[str]:
-        """In what ``spec`` asks for other data than these; empty where it does not."""
+    def check(self, config: JsonObject, place: Path, base: BaseRef | None = None) -> None:
+        """Raises InvalidState where ``config`` or ``base`` ask for other data than these."""
         found = []
-        if self.spec.base.digest != spec.base.digest:
+        if base is not None and self.spec.base.digest != base.digest:
             found.append("base")
         for key in _DECIDING:
-            then, now = self.spec.config.get(key), spec.config[key]
+            then, now = self.spec.config.get(key), config[key]
             if then != now:
                 found.append(f"{key} ({then!r}, now {now!r})")
-        return found
+        if found:
+            raise InvalidState(
+                f"the prepared set was made with another {', '.join(found)}", file=str(place),
+                code="processed_mismatch",
+                remedy=f"Call process_samples({self.model!r}, {self.version!r}) again, with these "
+                "settings",
+            )  # fmt: skip
 
 
 def lay_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any
 
 from llamahome.config import (
     Settings,
@@ -19,10 +19,10 @@ from llamahome.local.bars import SampleBars, training_watch
 from llamahome.local.bases import Model, checked_name, find_base, find_model
 from llamahome.local.files import TrainedFiles
 from llamahome.local.fitting import Fitting, fit
-from llamahome.local.processed import ProcessReport, read_manifest, unprocessed
+from llamahome.local.processed import ProcessReport, SetManifest, read_manifest, unprocessed
 from llamahome.local.samples import Preparation, prepare, sample_files
 from llamahome.local.threads import Stopper, in_thread
-from llamahome.local.tree import Tree
+from llamahome.local.tree import Tree, locked
 
 if TYPE_CHECKING:
     from llamahome.local.loaders import DataLoaders
@@ -51,10 +51,10 @@ class TrainingData:
 
     def __init__(
         self,
-        data_dir: Union[str, Path],  # noqa: UP007  # as SPEC writes it
+        data_dir: str | Path,
         batch_size: int = 4,
         max_workers: int = 4,
-        config: Optional[dict[str, Any]] = None,  # noqa: UP045
+        config: dict[str, Any] | None = None,
     ) -> None:
         """Initialize training data manager; ``data_dir`` is made where it is missing.
 
@@ -93,7 +93,7 @@ class TrainingData:
     async def process_samples(
         self,
         model_name: str = "llama",
-        model_version: Optional[str] = None,  # noqa: UP045
+        model_version: str | None = None,
     ) -> ProcessReport:
         """Process and prepare training samples: ``processed/<model>_<version>``, whole or not at
         all, also where several do it at once. Returns its report.
@@ -126,13 +126,12 @@ class TrainingData:
     async def train_model(
         self,
         model_name: str = "llama",
-        model_version: Optional[str] = None,  # noqa: UP045
-        *,
-        num_epochs: Optional[int] = None,  # noqa: UP045
-        learning_rate: Optional[float] = None,  # noqa: UP045
-        lora_r: Optional[int] = None,  # noqa: UP045
-        lora_alpha: Optional[float] = None,  # noqa: UP045
-        lora_dropout: Optional[float] = None,  # noqa: UP045
+        model_version: str | None = None,
+        num_epochs: int | None = None,
+        learning_rate: float | None = None,
+        lora_r: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float | None = None,
     ) -> TrainedFiles:
         """Train on the prepared set: ``models/finetuned/<model>_<version>_finetuned``, whole.
 
@@ -159,7 +158,8 @@ class TrainingData:
         stop: Stopper,
     ) -> TrainedFiles:
         config = self.effective_config(name, **keywords)
-        model = self._processed(name, version)
+        model = find_model(self._tree, name, version)
+        self._manifest(model)  # before a large base is hashed
         base = find_base(self._tree, model)
         with training_watch(config, stop.reason) as watch:
             return fit(Fitting(self._tree, model, base, config, settings), watch)
@@ -167,23 +167,26 @@ class TrainingData:
     def dataloaders(
         self,
         model_name: str = "llama",
-        model_version: Optional[str] = None,  # noqa: UP045
+        model_version: str | None = None,
     ) -> DataLoaders:
         """(training, validation) torch DataLoaders over the prepared set; see
         :func:`llamahome.local.loaders.make_dataloaders`. Raises InvalidConfig, InvalidState."""
         from llamahome.local.loaders import make_dataloaders
 
         config = self.effective_config(model_name)
-        model = self._processed(model_name, model_version)
-        return make_dataloaders(self._tree.processed / model.label, config)
+        model = find_model(self._tree, model_name, model_version)
+        with locked(self._tree.processed):  # both sides of one set
+            manifest = self._manifest(model)
+            manifest.check(config.model_dump(mode="json"), self._tree.processed / model.label)
+            return make_dataloaders(self._tree.processed / model.label, config)
 
-    def _processed(self, name: str, version: str | None) -> Model:
+    def _manifest(self, model: Model) -> SetManifest:
         """Raises InvalidState where there is no prepared set of the model."""
-        model = find_model(self._tree, name, version)
         place = self._tree.processed / model.label
-        if read_manifest(place, model) is None:
+        manifest = read_manifest(place, model)
+        if manifest is None:
             raise unprocessed(place, model)
-        return model
+        return manifest
 
 
 def _made(data_dir: object) -> Path:

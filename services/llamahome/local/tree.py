@@ -123,6 +123,7 @@ def replace_folder(new: Path, place: Path) -> None:
     missing for a moment, and :func:`recover` puts the old one back after a crash in it.
     Callers hold ``locked(place.parent)``.
     """
+    _sync(new)
     if not place.exists():
         new.rename(place)
     elif _exchange(new, place):

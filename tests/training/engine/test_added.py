@@ -66,7 +66,8 @@ def tied_base(tmp_path: Path) -> BaseRef:
 def test_the_adapter_has_in_peft_the_logits_it_had_here(
     bench: Bench, tmp_path: Path, tied_base: BaseRef, marks: tuple[int, int], tied: bool
 ) -> None:
-    """Beyond the base's rows, within them, and both; what was learned is really in the rows."""
+    """BEHAVIOUR 48, 67: beyond the base's rows, within them, and both; what was learned is really
+    in the rows."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

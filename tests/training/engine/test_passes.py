@@ -67,6 +67,15 @@ def test_what_no_loss_depends_on_is_left_out(make_unit: Callable[..., Any]) -> N
     assert unit.targets.tolist() == [31, 32]
 
 
+def test_rows_can_be_cut_but_not_before_their_first_label(rows: TokenRows, slot: Slot) -> None:
+    from llamahome.training.engine.passes import make_unit
+
+    unit = make_unit(slot, rows, [0, 2], weight=1.0, learns=False, most_tokens=1)
+
+    assert [row.tolist() for row in unit.rows] == [[10, 11], [30]]
+    assert unit.targets.tolist() == [12, 31]
+
+
 def test_a_pass_lays_units_end_to_end_and_fills_up_to_the_block(
     make_unit: Callable[..., Any],
 ) -> None:

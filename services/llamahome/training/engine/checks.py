@@ -12,7 +12,10 @@ from llamahome.training.engine.passes import make_unit
 from llamahome.training.engine.slots import Slot
 from llamahome.training.engine.warm import WarmBase
 
-_ROWS = 3
+# What is checked does not depend on how long the rows are, and what it costs does: with whole rows
+# the checks of a job of 12 short steps took as long as eight of its steps.
+_ROWS = 2
+_ROW_TOKENS = 32
 _LOOKED_AT = 256
 
 
@@ -26,7 +29,10 @@ def check_factoring(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
     labelled = int(labelled_counts(rows)[samples].sum())
     found = []
     for parts in ([samples], [[sample] for sample in samples]):
-        units = [make_unit(slot, rows, part, weight=1 / labelled, learns=True) for part in parts]
+        units = [
+            make_unit(slot, rows, part, weight=1 / labelled, learns=True, most_tokens=_ROW_TOKENS)
+            for part in parts
+        ]
         loss = sum(each.weighted for unit in units for each in warm.run([unit]))
         found.append((loss, slot.gradient.clone()))
         slot.gradient.zero_()
@@ -46,7 +52,10 @@ def check_isolation(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
     ``max_logit_gap`` is the largest difference of any logit at a labelled place; 0 on a CPU.
     """
     samples = some_rows(rows)
-    units = [make_unit(slot, rows, [sample], weight=1.0, learns=False) for sample in samples]
+    units = [
+        make_unit(slot, rows, [sample], weight=1.0, learns=False, most_tokens=_ROW_TOKENS)
+        for sample in samples
+    ]
     together = warm.logits(units)
     alone = [warm.logits([unit])[0] for unit in units]
     gap = max(
@@ -57,11 +66,7 @@ def check_isolation(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
 
 
 def some_rows(rows: TokenRows) -> list[int]:
-    """The shortest rows with a label among the first few.
-
-    What is checked does not depend on their length, and what it costs does: with the first rows
-    of a job of 12 short steps, the checks took as long as eight of them.
-    """
+    """Among the first rows with a label, those that are shortest."""
     labelled = np.flatnonzero(labelled_counts(rows))[:_LOOKED_AT]
     order = np.argsort(rows.lengths[labelled], kind="stable")
     return [int(sample) for sample in sorted(labelled[order[:_ROWS]])]

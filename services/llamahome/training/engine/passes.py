@@ -55,8 +55,12 @@ def make_unit(
     weight: float,
     learns: bool,
     drops: DropKey | None = None,
+    most_tokens: int | None = None,
 ) -> Unit:
-    """The rows ``samples``. A place has a label where the token after it is trained."""
+    """The rows ``samples``. A place has a label where the token after it is trained.
+
+    With ``most_tokens`` each row is cut after so many, but not before its first label.
+    """
     kept: list[NDArray[np.int32]] = []
     places: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int64]] = []
@@ -66,6 +70,8 @@ def make_unit(
         found = np.flatnonzero(trained[1:])
         if not len(found):
             continue
+        if most_tokens is not None:
+            found = found[found < max(most_tokens, int(found[0]) + 1)]
         length = int(found[-1]) + 1
         kept.append(ids[:length])
         places.append(found + tokens)
