@@ -158,3 +158,23 @@ def test_a_callback_into_the_ports_that_fails_ends_its_job_only(bench: Bench) ->
 
     assert isinstance(ended["a"], RuntimeError)
     assert file_bytes(ended["b"]) == expected
+
+
+def test_a_job_whose_adapter_does_not_fit_is_refused_as_out_of_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from llamahome.training.engine import warm
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room for 1 GB")
+
+    engine = bench.engine()
+    monkeypatch.setattr(warm, "Slot", no_room)
+    with pytest.raises(TrainingFailed, match="no room") as caught:
+        bench.admit(engine, "a", {})
+    engine.close()
+
+    assert caught.value.code == "out_of_memory"
+    assert not engine.busy

@@ -22,7 +22,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from llamahome.errors import LlamaHomeError, OperatorError, Stopped, Unavailable
+from llamahome.errors import (
+    LlamaHomeError,
+    OperatorError,
+    Stopped,
+    TrainingFailed,
+    Unavailable,
+)
 from llamahome.schemas import StopReason
 from llamahome.training.ports import LocalCheckpoint, TrainedAdapter
 from llamahome.training.wire import (
@@ -171,16 +177,23 @@ class _Server:
         data = TokenData.open(Path(admit.data))
         data.check()
         check_fits(engine.warm.loaded, data, config)
-        engine.admit(
-            admit.spec, config, data, ports, machine,
-            lambda outcome: self._end(admit.job, outcome), snapshot=snapshot,
-            start=_start_of(admit, config, data),
-        )  # fmt: skip
+        try:
+            engine.admit(
+                admit.spec, config, data, ports, machine,
+                lambda outcome: self._end(admit.job, outcome), snapshot=snapshot,
+                start=_start_of(admit, config, data),
+            )  # fmt: skip
+        except TrainingFailed as error:
+            if error.code == "out_of_memory" and engine.busy:
+                return False  # there is room when the others have ended
+            raise
         return True
 
     def _engine_for(self, admit: Admit, machine: Machine) -> Engine | None:
         """The engine with the job's base warm; None while another base is at work."""
-        from llamahome.training.engine.ticks import Engine
+        import torch
+
+        from llamahome.training.engine.ticks import Engine, out_of_memory
         from llamahome.training.model import load_base
         from llamahome.training.runtime import configured
 
@@ -191,8 +204,11 @@ class _Server:
                 return None
             self._engine.close()
             self._engine = None  # let go of its base first: two may not fit
-        with configured(machine):
-            loaded = load_base(admit.spec.base, machine)
+        try:
+            with configured(machine):
+                loaded = load_base(admit.spec.base, machine)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error) from error
         self._engine = Engine(loaded, machine, self._inbox)
         return self._engine
 

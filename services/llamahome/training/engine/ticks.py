@@ -103,14 +103,16 @@ class Engine:
     ) -> None:
         """Take a job in, between two ticks; what goes wrong with it is told to its ``on_end``.
 
-        ``watch`` makes its watcher.
-
-        Raises InvalidConfig where the base lacks its target modules.
+        ``watch`` makes its watcher. Raises InvalidConfig where the base lacks its target modules,
+        and TrainingFailed (``out_of_memory``) where there is no room for its adapter.
         """
         saver = Saver(ports, self._executor, lambda: self.inbox.put(_nothing))
-        job = TrainingJob(
-            spec, config, data, ports, machine, self.warm, saver, start=start, watch=watch
-        )
+        try:
+            job = TrainingJob(
+                spec, config, data, ports, machine, self.warm, saver, start=start, watch=watch
+            )
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error) from error
         virtual = start_virtual([running.virtual for running in self._jobs])
         running = _Running(job, job.life(snapshot), on_end, self._admitted, virtual)
         self._admitted += 1
@@ -167,7 +169,7 @@ class Engine:
         except (EOFError, BrokenPipeError):
             raise
         except torch.OutOfMemoryError as error:
-            self._end(running, _out_of_memory(error))
+            self._end(running, out_of_memory(error))
         except Exception as error:
             self._end(running, error)
 
@@ -269,7 +271,7 @@ class Engine:
         if len(units) > 1:
             self.tick_tokens = tokens // 2
         elif len(units[0].rows) == 1 or (self._part_tokens or tokens) <= units[0].longest:
-            self._end(owners[0], _out_of_memory(error))
+            self._end(owners[0], out_of_memory(error))
             return
         else:
             self._part_tokens = min(self._part_tokens or tokens, tokens) // 2
@@ -281,7 +283,7 @@ class Engine:
             )
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> TrainingFailed:
+def out_of_memory(error: torch.OutOfMemoryError) -> TrainingFailed:
     failed = TrainingFailed(
         f"out of memory: {str(error).splitlines()[0]}", code="out_of_memory",
         remedy="Lower batch_size (and raise gradient_accumulation_steps) or max_length",
