@@ -30,6 +30,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.model
 @pytest.mark.parametrize("name", _NAMES)
 def test_on_a_gpu(name: str, checks: Any, tmp_path: Path) -> None:
+    """BEHAVIOUR 69: bf16 on a GPU is within what seeds differ by; and the other checks."""
     import torch
 
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ import pytest
 from llamahome.errors import InvalidState
 from llamahome.local import TrainingData
 
-from .conftest import QUICK, MakeData
+from .conftest import QUICK, MakeData, contents
 
 pytestmark = pytest.mark.model
 
@@ -63,11 +63,16 @@ def test_training_rows_are_shuffled_by_the_seed_and_validation_rows_are_not(
     ]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_more_loader_processes_give_the_same_batches(make_data: MakeData) -> None:
     """BEHAVIOUR 62: max_workers loader processes, bounded by processors and batches; one is this
     process; the content is the same."""
     root = make_data("flat", rows=40)
+    prepared(root, max_workers=3)
+    place = root / "processed"
+    before = contents(place)
     manager = prepared(root, max_workers=1)
+    assert contents(place) == before
     alone = manager.dataloaders()
     assert alone.training.num_workers == 0
     many = TrainingData(root, max_workers=64, config=QUICK).dataloaders()

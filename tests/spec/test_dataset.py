@@ -87,6 +87,7 @@ def test_indices_end_where_the_items_do(load: Load) -> None:
     assert len(dataset([], load())) == 0
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_it_can_be_pickled_collated_and_read_by_worker_processes(load: Load) -> None:
     """BEHAVIOUR 46: num_workers > 0 and the default collate give what reading it here gives."""
     import torch

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from llamahome.config import load_registry
 from llamahome.errors import InvalidConfig, InvalidState, LlamaHomeError, NotFound
 from llamahome.local import TrainingData
 
 from .conftest import MakeData, contents
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "models.yaml"
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
@@ -105,7 +108,9 @@ async def test_keywords_of_train_model_beat_the_config_and_zero_is_no_none(
     manager = TrainingData(tmp_path, config={"epochs": 7, "lora": {"r": 2, "dropout": 0.5}})
     with pytest.raises(InvalidConfig) as caught:
         await manager.train_model(**{keyword: 0})
-    assert caught.value.place.field == field
+    assert caught.value.place.field == keyword
+    with pytest.raises(InvalidConfig, match="'lora_r'"):
+        manager.effective_config(lora_rank=3)
     config = manager.effective_config(**{keyword: 3, "lora_dropout": 0.0, "num_epochs": 3})
     values: Any = config.model_dump()
     for part in field.split("."):
@@ -183,6 +188,7 @@ async def test_no_version_means_the_default_one_in_every_name(
     make_data: MakeData, tmp_path: Path
 ) -> None:
     """BEHAVIOUR 11: None is the registry's default version, and the files are that version's."""
+    assert load_registry(SHIPPED).default_version("llama") == "3.3-7b"
     Path("configs").mkdir()
     Path("configs/models.yaml").write_text('models: {llama: {default_version: "3.3-7b"}}')
     root = make_data(models=("llama/3.3-7b", "llama/other"))

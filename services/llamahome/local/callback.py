@@ -75,12 +75,12 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def _place_epoch(self, state: Any) -> None:
-        """The current epoch's bar, from its first step; the last epoch may be a short one."""
+        """A fresh bar for the current epoch, the last of which may be a short one."""
         assert self._epoch is not None
         steps = _per_epoch(state)
         self._first, self._batches = state.global_step // steps * steps, 0
         total = max(min(steps, state.max_steps - self._first), 1)
-        self.progress.reset(self._epoch, total=total, completed=state.global_step - self._first)
+        self.progress.reset(self._epoch, total=total)
 
     def _show(self, args: Any, state: Any) -> None:
         if self._overall is None or self._epoch is None:

@@ -21,6 +21,7 @@ from llamahome.local.folder import WEIGHTS_NAME, OutFolder, held
 from llamahome.local.kept import KeptCheckpoints
 from llamahome.local.processed import SetManifest, publish_snapshot, take_snapshot
 from llamahome.local.record import RunRecord
+from llamahome.local.samples import TENANT
 from llamahome.local.tree import Tree, locked, recover, replace_folder
 from llamahome.local.watch import Watch
 from llamahome.schemas import BaseRef, JobReport, JobSpec
@@ -100,7 +101,10 @@ class _Fit:
         wanted = self._wanted
         config = wanted.config.model_dump(mode="json")
         manifest.check(config, wanted.tree.processed / wanted.model.label, wanted.base)
-        return manifest.spec.model_copy(update={"base": wanted.base, "config": config})
+        return JobSpec(
+            tenant=TENANT, base=wanted.base, config=config, training_files=manifest.samples,
+            shard_bytes=wanted.settings.shard_bytes,
+        )  # fmt: skip
 
     def _goes_on(self, record: RunRecord) -> bool:
         """Whether what is in the folder is of the same run, and is to be used."""

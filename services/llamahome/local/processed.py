@@ -28,6 +28,7 @@ from llamahome.local.tree import locked, recover, replace_folder
 from llamahome.schemas import (
     MANIFEST_NAME,
     BaseRef,
+    FileRef,
     JobSpec,
     JsonObject,
     ManifestEntry,
@@ -82,22 +83,25 @@ class ProcessReport(Schema):
 
 
 class SetManifest(Schema):
-    """``spec`` is the job that the data stages were given; ``summaries`` are what they returned."""
+    """``samples``, ``base`` (its digest) and ``settings`` decide what is in the set, and nothing
+    else is told of how it was made. ``summaries`` are what the data stages returned."""
 
     v: Literal[1] = 1
     model: str
     version: str
-    spec: JobSpec
+    base: str
+    samples: tuple[FileRef, ...]
+    settings: JsonObject
     summaries: dict[Stage, JsonObject]
     files: tuple[ManifestEntry, ...]
 
     def check(self, config: JsonObject, place: Path, base: BaseRef | None = None) -> None:
         """Raises InvalidState where ``config`` or ``base`` ask for other data than these."""
         found = []
-        if base is not None and self.spec.base.digest != base.digest:
+        if base is not None and self.base != base.digest:
             found.append("base")
         for key in _DECIDING:
-            then, now = self.spec.config.get(key), config[key]
+            then, now = self.settings.get(key), config[key]
             if then != now:
                 found.append(f"{key} ({then!r}, now {now!r})")
         if found:
@@ -142,8 +146,9 @@ def lay_out(
     manifest = SetManifest(
         model=model.name,
         version=model.version,
-        # Its place is this machine's; the digest tells bases apart.
-        spec=spec.model_copy(update={"base": spec.base.model_copy(update={"path": ""})}),
+        base=spec.base.digest,
+        samples=spec.training_files,
+        settings={key: spec.config[key] for key in _DECIDING},
         summaries={stage: outputs[stage].summary for stage in _STAGES},
         files=tuple(_entry(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()),
     )

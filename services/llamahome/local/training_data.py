@@ -14,7 +14,7 @@ from llamahome.config import (
     parse_training_config,
     resolve_training_config,
 )
-from llamahome.errors import InvalidConfig
+from llamahome.errors import InvalidConfig, nearest
 from llamahome.local.bars import SampleBars, training_watch
 from llamahome.local.bases import Model, checked_name, find_base, find_model
 from llamahome.local.files import TrainedFiles
@@ -81,14 +81,16 @@ class TrainingData:
             for name, value in (("batch_size", self.batch_size), ("max_workers", self.max_workers))
             if value != _DEFAULT
         }
-        return resolve_training_config(
-            model_name=checked_name(model_name, "model_name"),
-            layers=[
-                ("TrainingData", explicit),
-                ("config", copy.deepcopy(self.config)),
-                ("train_model", _nested(keywords)),
-            ],
-        )
+        layers = [("TrainingData", explicit), ("config", copy.deepcopy(self.config))]
+        name = checked_name(model_name, "model_name")
+        try:
+            return resolve_training_config(
+                model_name=name, layers=[*layers, ("train_model", _nested(keywords))]
+            )
+        except InvalidConfig as error:
+            if error.place.file != "train_model":
+                raise
+            raise _by_keyword(error) from None
 
     async def process_samples(
         self,
@@ -203,16 +205,29 @@ def _made(data_dir: object) -> Path:
 
 
 def _nested(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords as settings; None leaves the word to the others."""
     found: dict[str, Any] = {}
     for name, value in keywords.items():
-        if value is None:
-            continue
-        *sections, key = _KEYWORDS[name]
-        place = found
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
+        if name not in _KEYWORDS:
+            raise InvalidConfig(
+                "unknown keyword", code="unknown_parameter", file="train_model", field=name,
+                remedy=nearest(name, _KEYWORDS),
+            )  # fmt: skip
+        if value is not None:
+            *section, key = _KEYWORDS[name]
+            place = found.setdefault(section[0], {}) if section else found
+            place[key] = value
     return found
+
+
+def _by_keyword(error: InvalidConfig) -> InvalidConfig:
+    """The error with the field called as the caller called it."""
+    names = {".".join(path): name for name, path in _KEYWORDS.items()}
+    field = error.place.field or ""
+    return InvalidConfig(
+        error.message, code=error.code, remedy=error.remedy, file=error.place.file,
+        field=names.get(field, field),
+    )  # fmt: skip
 
 
 def _has_content(path: Path) -> bool:
