@@ -108,7 +108,7 @@ def test_hyperparameters_are_the_effective_ones_and_come_back(
     assert (config["seed"], config["max_length"], config["batch_size"]) == (7, 128, 4)
     assert config["lora"] == {
         "r": 16, "alpha": 64.0, "dropout": 0.0, "target_modules": ["o_proj"], "bias": "none",
-        "use_rslora": True,
+        "use_rslora": True, "merge": False,
     }  # fmt: skip
     assert job.seed == 7
     assert job.method is not None
