@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -20,7 +19,9 @@ from llamahome.local import TrainingData, base_of_folder, run_job
 from llamahome.local.attempts import data_stages
 from llamahome.schemas import JobSpec, Stage, Step
 from llamahome.storage import LocalStorage
+from llamahome.training import shutdown_engine
 from support.data import upload
+from support.processes import engine_processes
 
 from .conftest import QUICK, MakeData, contents, fill
 
@@ -92,12 +93,10 @@ def finetuned(basic: Path) -> Path:
     return basic / "models" / "finetuned" / f"{LABEL}_finetuned"
 
 
-def engines() -> list[psutil.Process]:
-    """Engine processes of this one."""
-    return [
-        child for child in psutil.Process(os.getpid()).children(recursive=True)
-        if "llamahome.training.engine" in child.cmdline()
-    ]  # fmt: skip
+@pytest.fixture(autouse=True)
+def no_engine_of_others() -> None:
+    """Tests before these may have left the queue workers' engine warm in this process."""
+    shutdown_engine()
 
 
 def test_the_basic_snippet_leaves_spec_s_tree(basic: Path, finetuned: Path) -> None:
@@ -113,7 +112,7 @@ def test_the_basic_snippet_leaves_spec_s_tree(basic: Path, finetuned: Path) -> N
         f"{LABEL}.json", f"{LABEL}.history.jsonl",
     }  # fmt: skip
     assert list((basic / "training" / "checkpoints" / LABEL).rglob("checkpoint-*"))
-    assert not engines()
+    assert not engine_processes()
 
 
 def test_the_custom_snippet_changes_what_it_names(make_data: MakeData) -> None:
@@ -277,14 +276,14 @@ async def test_a_training_can_be_cancelled_and_goes_on_where_it_was(
     with pytest.raises(InvalidState) as caught:
         await TrainingData(root, config=wishes).train_model()
     assert caught.value.code == "folder_in_use"
-    assert len(engines()) == 1
+    assert len(engine_processes()) == 1
     assert ticks >= 20
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     ticking.cancel()
     logger.removeHandler(handler)
-    assert not engines()
+    assert not engine_processes()
     assert not (root / "models" / "finetuned").exists()
     assert not (root / "checkpoints" / LABEL / "snapshot").exists()
     done = await manager.train_model()

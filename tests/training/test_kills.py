@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from llamahome.config import Settings
 from llamahome.errors import WorkerLost
 from llamahome.schemas import CheckpointRef, StageResult, StageTask
 from llamahome.training import make_stage, shutdown_engine
+from support.processes import engine_processes
 
-pytestmark = pytest.mark.model
+# In one group with the other tests of the one warm engine that a process has.
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("engine")]
 
 WEIGHTS = "adapter_model.safetensors"
 # Dropout, accumulation, an evaluation off the epoch's grid, and a save after every step.
@@ -56,9 +57,8 @@ def ledger_of(result: StageResult) -> str:
 
 
 def kill_engine() -> None:
-    for child in psutil.Process().children():
-        if "llamahome.training.engine" in child.cmdline():
-            child.send_signal(signal.SIGKILL)
+    for engine in engine_processes():
+        engine.send_signal(signal.SIGKILL)
 
 
 class Killing:
@@ -195,9 +195,8 @@ def test_the_engine_hears_of_no_secret(
     seen: list[str] = []
 
     def look(done: int) -> None:
-        for child in psutil.Process().children():
-            if "llamahome.training.engine" in child.cmdline():
-                seen.extend(child.environ().values())
+        for engine in engine_processes():
+            seen.extend(engine.environ().values())
 
     ports.on_progress = look
     make_stage(settings)(make_task(), ports)

@@ -21,8 +21,10 @@ from llamahome.config import Settings
 from llamahome.errors import InvalidConfig, OperatorError, Stopped, WorkerLost
 from llamahome.schemas import JobReport, StageResult, StageTask, Step, StopReason, TrainingMetrics
 from llamahome.training import key, make_stage, shutdown_engine
+from support.processes import engine_processes
 
-pytestmark = pytest.mark.model
+# In one group with the other tests of the one warm engine that a process has.
+pytestmark = [pytest.mark.model, pytest.mark.xdist_group("engine")]
 
 WEIGHTS = "adapter_model.safetensors"
 MakeTask = Callable[..., StageTask]
@@ -46,8 +48,7 @@ Stage = Callable[[StageTask, Any], StageResult]
 
 
 def engine_pids(parent: int | None = None) -> list[int]:
-    children = psutil.Process(parent).children()
-    return [c.pid for c in children if "llamahome.training.engine" in c.cmdline()]
+    return [engine.pid for engine in engine_processes(parent)]
 
 
 def adapter(result: StageResult) -> Path:
