@@ -6,9 +6,12 @@ import psutil
 
 
 def engine_processes(parent: int | None = None) -> list[psutil.Process]:
-    """The live training engines below ``parent``; None is this process."""
+    """The live training engines among the children of ``parent``; None is this process.
+
+    Not those further down: a fleet that a test keeps running has one, too.
+    """
     found = []
-    for child in psutil.Process(parent).children(recursive=True):
+    for child in psutil.Process(parent).children():
         try:
             if "llamahome.training.engine" in child.cmdline():
                 found.append(child)
