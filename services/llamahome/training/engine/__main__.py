@@ -157,7 +157,7 @@ class _Server:
                 self._waiting.append(admit)
         except (EOFError, BrokenPipeError):
             raise
-        except Exception as error:
+        except Exception as error:  # becomes the job's one answer; the traceback goes to the log
             self._end(admit.job, error)
 
     def _begin(self, admit: Admit, ports: _WirePorts) -> bool:

@@ -127,6 +127,8 @@ def _varlen(
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
     except (NotImplementedError, RuntimeError) as error:
+        # A kernel that is not there for a head size or a device says so in one of these two; memory
+        # and a broken context are other matters. The caller's way gives the same numbers.
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise
         return None

@@ -144,7 +144,7 @@ class Engine:
             running.job.saver.settled()
         except (EOFError, BrokenPipeError):
             raise
-        except Exception as error:
+        except Exception as error:  # told to its owner; the others' jobs go on
             self._end(running, error)
             return False
         return True
@@ -170,7 +170,7 @@ class Engine:
             raise
         except torch.OutOfMemoryError as error:
             self._end(running, out_of_memory(error))
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is this job's own and told to its owner
             self._end(running, error)
 
     def _finish(self, running: _Running, folder: Path) -> None:
@@ -293,7 +293,8 @@ def out_of_memory(error: torch.OutOfMemoryError) -> TrainingFailed:
 
 
 def _default_tick_tokens(loaded: LoadedBase) -> int:
-    """Where more tokens in a pass no longer make it faster (docs/decisions/0004)."""
+    """Where more tokens in a pass no longer make it faster: modelled for GPUs, not measured there;
+    on a CPU packing gains little, and the limit keeps a pass's memory small."""
     if loaded.device.type != "cuda":
         return 1024
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
