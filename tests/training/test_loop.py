@@ -284,7 +284,8 @@ def loaded(spec: JobSpec) -> Any:
 def test_steps_that_are_not_finite_are_skipped_and_counted(
     make_spec: MakeSpec, data: TokenData, ports: Any
 ) -> None:
-    spec = make_spec()
+    """BEHAVIOUR 75: null and a flag, on every such step, whatever is logged otherwise."""
+    spec = make_spec(logging={"steps": 4})
     base = loaded(spec)
     Poisoned(ports, base, {1, 3, 4})
 
@@ -296,6 +297,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     assert len(ports.messages("warn")) == 3
     lines = history(trained)
     assert [line["step"] for line in lines if line.get("train_loss", 0) is None] == [2, 4, 5]
+    # After step 3 the evaluation too meets the poison.
+    flagged = [line["step"] for line in lines if line.get("not_finite")]
+    assert flagged == [2, 3, 4, 5]
+    assert [line["step"] for line in lines if line.get("eval_loss", 0) is None] == [3]
+    assert [line["step"] for line in lines if "train_loss" in line] == [2, 4, 5, 6]
 
 
 def test_three_steps_in_a_row_that_are_not_finite_fail_the_job_and_keep_the_checkpoint(

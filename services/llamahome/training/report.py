@@ -12,6 +12,9 @@ from llamahome.training.ports import TrainPorts
 from llamahome.training.schedule import Plan
 from llamahome.training.steps import StepTaken
 
+# Beside a number that had to become null: a step that was skipped, an evaluation without a result.
+_NOT_FINITE: JsonObject = {"not_finite": True}
+
 
 class Reporter:
     """Turns what happened into progress, events and history lines.
@@ -64,9 +67,11 @@ class Reporter:
         self._newest = {**self._newest, **said}
         self.beat()
         total = self._plan.total_steps
-        if state.step % self._logging_steps and state.step != total:
+        if taken.finite and state.step % self._logging_steps and state.step != total:
             return
         line = {"step": state.step, **figures, "labelled_tokens": taken.labelled}
+        if not taken.finite:
+            line |= _NOT_FINITE
         state.history.append(line)
         loss = "not finite, skipped" if state.train_loss is None else f"{state.train_loss:.4f}"
         self._ports.event(
@@ -76,7 +81,10 @@ class Reporter:
 
     def evaluated(self, state: TrainState, loss: float) -> None:
         epoch = self._plan.epoch_of(state.place)
-        state.history.append({"step": state.step, "epoch": epoch, "eval_loss": finite(loss)})
+        flag = {} if math.isfinite(loss) else _NOT_FINITE
+        state.history.append(
+            {"step": state.step, "epoch": epoch, "eval_loss": finite(loss), **flag}
+        )
         self._newest = {**self._newest, "eval_loss": finite(loss)}
         if state.step == 0:
             when = "before training"
@@ -91,6 +99,7 @@ class Reporter:
                 "total_steps": self._plan.total_steps,
                 "epoch": epoch,
                 "eval_loss": finite(loss),
+                **flag,
             },
         )
         self.beat()
