@@ -46,6 +46,9 @@ from llamahome.training.steps import StepTaken
 from llamahome.training.watching import NOBODY, Watcher
 
 MAX_SKIPPED_IN_A_ROW = 3
+# Small batches are offered together until a pass of them would no longer be bound by reading the
+# base's weights; the engine packs as many of them as it has room for.
+EVALUATION_TOKENS = 2048
 
 # Work is a list of units; an empty one means: nothing until a save has ended.
 Life: TypeAlias = Generator[list[Unit], Sequence[UnitLoss], Path]
@@ -188,15 +191,19 @@ class TrainingJob:
         The mean is over tokens, not over batches. NaN where no row has a label.
         """
         rows, size = self.data.validation, self.config.batch_size
-        total = 0.0
+        total, units = 0.0, list[Unit]()
         for first in range(0, len(rows), size):
+            samples = range(first, min(first + size, len(rows)))
+            units.append(make_unit(self.slot, rows, samples, weight=1.0, learns=False))
+            wanted = sum(unit.tokens for unit in units)
+            if wanted < EVALUATION_TOKENS and samples.stop < len(rows):
+                continue
             self.reporter.beat()
             yield from self.stop_if_asked()
-            samples = range(first, min(first + size, len(rows)))
-            unit = make_unit(self.slot, rows, samples, weight=1.0, learns=False)
-            (loss,) = yield [unit]
-            total += loss.summed
-            self.watcher.evaluation_batch()
+            for loss in (yield units):
+                total += loss.summed
+                self.watcher.evaluation_batch()
+            units = []
         labelled = int(labelled_counts(rows).sum())
         return total / labelled if labelled else float("nan")
 
