@@ -40,6 +40,28 @@ ROW_BY_ROW: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         SMALL | {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8},
     ),
+    "phi3 whose frequencies depend on the longest row": (
+        "Phi3Config",
+        SMALL | {
+            "num_key_value_heads": 2, "original_max_position_embeddings": 12,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4, "original_max_position_embeddings": 12,
+            },
+        },
+    ),
+    "gpt neo, whose attention cannot be replaced": (
+        "GPTNeoConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+         "attention_types": [[["global"], 2]], "max_position_embeddings": 48,
+         "bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.1},
+    ),
+    "falcon, which adds to a layer's output in place": (
+        "FalconConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 48, "initializer_range": 0.1, "bos_token_id": None,
+         "eos_token_id": 1},
+    ),
     "bloom with alibi": (
         "BloomConfig",
         {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},

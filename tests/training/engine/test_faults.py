@@ -41,6 +41,50 @@ def test_a_job_full_of_nan_fails_alone_and_changes_no_bit_of_its_neighbours(benc
     assert {name: file_bytes(ended[name]) for name in ("a", "b")} == expected
 
 
+def test_a_dropout_next_to_one_drops_almost_all_and_breaks_nothing(bench: Bench) -> None:
+    expected = file_bytes(bench.run({"b": B})["b"])
+    ends = bench.run({"a": {"lora": {"dropout": 0.999999}}, "b": B})
+
+    assert not isinstance(ends["a"], Exception)
+    assert file_bytes(ends["b"]) == expected
+
+
+def test_a_new_slot_is_never_taken_for_one_that_is_gone(bench: Bench) -> None:
+    """The grouped tier keeps stacked copies of weights for as long as the slots' key is equal."""
+    import torch
+
+    from llamahome.training.engine.slots import Slot
+
+    keys = set()
+    for _ in range(20):
+        slot = Slot.without_layers(torch.device("cpu"), torch.float32)
+        keys.add(slot.serial)
+        del slot  # its id() is free for the next one
+
+    assert len(keys) == 20
+
+
+def test_weights_that_are_not_finite_in_the_end_are_not_published(bench: Bench) -> None:
+    """BEHAVIOUR 76: the last step may overshoot, and no further loss tells."""
+    settings = {"epochs": 1, "learning_rate": 1e300, "validation_split": 0}
+    end = bench.run({"a": settings})["a"]
+
+    assert isinstance(end, TrainingFailed)
+    assert end.code == "nan_loss"
+
+
+def test_an_error_of_one_job_is_its_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llamahome.training.engine.__main__ import _Server
+    from llamahome.training.wire import Failed
+
+    server = _Server.__new__(_Server)
+    server._fatal = False
+    answer = server._answer("a", RuntimeError("no such thing"))
+
+    assert isinstance(answer, Failed)
+    assert (answer.fatal, server._fatal) == (False, False)
+
+
 def test_one_cancelled_in_the_middle_of_its_window_changes_nothing_for_the_other(
     bench: Bench,
 ) -> None:

@@ -111,7 +111,10 @@ class _Server:
             if self._engine is not None and self._engine.busy:
                 self._engine.tick(wait=True)
             elif self._waiting:
-                self._admit(self._waiting.pop(0))
+                # All of them: those of the base that is loaded now go side by side.
+                waiting, self._waiting = self._waiting, []
+                for admit in waiting:
+                    self._admit(admit)
             else:
                 self._inbox.get()()
         return 1
@@ -207,9 +210,9 @@ class _Server:
         try:
             with configured(machine):
                 loaded = load_base(admit.spec.base, machine)
+            self._engine = Engine(loaded, machine, self._inbox)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error) from error
-        self._engine = Engine(loaded, machine, self._inbox)
         return self._engine
 
     def _end(self, job: str, outcome: TrainedAdapter | Exception) -> None:
@@ -218,6 +221,8 @@ class _Server:
         self._channel.send(self._answer(job, outcome))
 
     def _answer(self, job: str, outcome: TrainedAdapter | Exception) -> Message:
+        import torch
+
         match outcome:
             case TrainedAdapter() if outcome.report.base_unchanged:
                 return Done(job=job, folder=str(outcome.folder), report=outcome.report)
@@ -236,9 +241,12 @@ class _Server:
                 return Failed(job=job, error=_from_os_error(outcome).to_dict(), fatal=False)
             case _:
                 traceback.print_exception(outcome)
-                self._fatal = True
+                # Raised outside the passes that jobs share, it is this job's own; after an error of
+                # the device nothing in this process works any more.
+                fatal = isinstance(outcome, torch.AcceleratorError)
+                self._fatal = self._fatal or fatal
                 ours = OperatorError(f"{type(outcome).__name__}: {outcome}")
-                return Failed(job=job, error=ours.to_dict(), fatal=True)
+                return Failed(job=job, error=ours.to_dict(), fatal=fatal)
 
 
 def _start_of(admit: Admit, config: TrainingConfig, data: TokenData) -> Tensors | None:

@@ -89,6 +89,7 @@ class Placed:
     rows: AddedRows
     which: torch.Tensor
     where: torch.Tensor
+    scale: float
 
 
 def embed(model: Any, whole: Pass) -> tuple[torch.Tensor, list[Placed]]:
@@ -97,6 +98,8 @@ def embed(model: Any, whole: Pass) -> tuple[torch.Tensor, list[Placed]]:
     Where the pass learns, it is a leaf whose gradient :func:`learn_embeddings` takes.
     """
     matrix = model.get_input_embeddings()
+    # Some models (Gemma 3) multiply what they look up; the rows are kept as PEFT has them, before.
+    scale = float(getattr(matrix, "scalar_embed_scale", 1.0))
     known = whole.ids.clamp(max=matrix.weight.shape[0] - 1)
     with torch.no_grad():
         embedded: torch.Tensor = matrix(known).clone()
@@ -108,8 +111,8 @@ def embed(model: Any, whole: Pass) -> tuple[torch.Tensor, list[Placed]]:
             mine = whole.ids[segment.start : segment.end]
             tokens = torch.tensor(rows.ids, device=mine.device)
             where, which = (mine[:, None] == tokens[None, :]).nonzero(as_tuple=True)
-            placed.append(Placed(rows, which, where + segment.start))
-            embedded[placed[-1].where] = rows.embeddings[which]
+            placed.append(Placed(rows, which, where + segment.start, scale))
+            embedded[placed[-1].where] = rows.embeddings[which] * scale
     return embedded.requires_grad_(whole.learns), placed
 
 
@@ -118,7 +121,7 @@ def learn_embeddings(embedded: torch.Tensor, placed: Sequence[Placed]) -> None:
     if embedded.grad is None:
         return
     for one in placed:
-        came = embedded.grad[one.where].to(one.rows.grad_embeddings.dtype)
+        came = embedded.grad[one.where].to(one.rows.grad_embeddings.dtype) * one.scale
         one.rows.grad_embeddings.index_add_(0, one.which, came)
 
 

@@ -33,8 +33,8 @@ class Dropout(NamedTuple):
 
     @classmethod
     def of(cls, probability: float) -> Dropout:
-        """The nearest level; ``keep`` is the exact share of what is kept at that level."""
-        level = round(probability * _LEVELS)
+        """The nearest level below 1; ``keep`` is the exact share of what is kept at that level."""
+        level = min(round(probability * _LEVELS), _LEVELS - 1)
         return cls(level, 1.0 - level / _LEVELS)
 
 

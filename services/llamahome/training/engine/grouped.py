@@ -26,7 +26,8 @@ _WORTH_GROUPS = 3  # up to two, a slice and a product for each are no more launc
 class Grouping:
     """Which rows of a pass belong to which slot: group g ends before row ``ends[g]``.
 
-    ``factors`` [T, 1] is what each row's part is multiplied by (scale, over what dropout keeps).
+    ``factors`` [T, 1], in fp32 whatever the base's type, is what each row's part is multiplied by
+    (scale, over what dropout keeps): rounded to bf16 it would be a bias of up to 0.4 %.
     """
 
     slots: tuple[Slot, ...]
@@ -37,7 +38,7 @@ class Grouping:
     @property
     def key(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever the weights of a slot, or the slots, do."""
-        return tuple((id(slot), slot.version) for slot in self.slots)
+        return tuple((slot.serial, slot.version) for slot in self.slots)
 
 
 def is_worth_grouping(
@@ -51,12 +52,12 @@ def is_worth_grouping(
     return len({id(segment.unit.slot) for segment in segments}) >= _WORTH_GROUPS
 
 
-def group(segments: Sequence[Segment], rows: int, dtype: torch.dtype) -> Grouping:
+def group(segments: Sequence[Segment], rows: int) -> Grouping:
     """Segments of one slot side by side are one group; the last goes on to row ``rows``."""
     slots: list[Slot] = []
     ends: list[int] = []
     device = segments[0].unit.slot.gradient.device
-    factors = torch.zeros(rows, 1, dtype=dtype)
+    factors = torch.zeros(rows, 1)
     for segment in segments:
         slot = segment.unit.slot
         drops = segment.unit.drops is not None and slot.dropout.level > 0
@@ -114,12 +115,13 @@ class GroupedLora(torch.autograd.Function):
         mask = site.mask(len(flat), flat.device)
         masked = flat if mask is None else flat * mask
         h = functional.grouped_mm(masked, a.transpose(1, 2), offs=grouping.ends)
-        h = h * grouping.factors
+        h = (h * grouping.factors).to(h.dtype)
         y = functional.linear(flat, site.weight, bias)
         y += functional.grouped_mm(h, b.transpose(1, 2), offs=grouping.ends)
         ctx.site, ctx.grouping, ctx.shape = site, grouping, x.shape
         ctx.save_for_backward(flat, h)
-        return y.view(*x.shape[:-1], -1)
+        # As in lora.py: no view.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -130,7 +132,8 @@ class GroupedLora(torch.autograd.Function):
         a, b = site.stacks.of(grouping, flat)
         mask = site.mask(len(flat), flat.device)
         masked = flat if mask is None else flat * mask
-        dh = functional.grouped_mm(dy, b, offs=grouping.ends) * grouping.factors
+        dh = functional.grouped_mm(dy, b, offs=grouping.ends)
+        dh = (dh * grouping.factors).to(dh.dtype)
         db = functional.grouped_mm(dy.t(), h, offs=grouping.ends)
         da = functional.grouped_mm(dh.t(), masked, offs=grouping.ends)
         _add_to_slots(site.shape.name, grouping, da, db)

@@ -51,7 +51,7 @@ class Board:
         grouped = self.tier == "grouped" or (
             self.tier == "auto" and is_worth_grouping(segments, self._device, self._dtype)
         )
-        self.grouping = group(segments, rows, self._dtype) if grouped else None
+        self.grouping = group(segments, rows) if grouped else None
         try:
             yield
         finally:
@@ -157,7 +157,8 @@ class _Lora(torch.autograd.Function):
             saved += [h] if mask is None or mask.is_cuda else [h, mask]
         ctx.parts, ctx.site, ctx.shape = parts, site, x.shape
         ctx.save_for_backward(flat, *saved)
-        return y.view(*x.shape[:-1], -1)
+        # No view that autograd knows of: some models add to a layer's output in place.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamahome.errors import TrainingFailed
 from llamahome.schemas import TrainingMetrics, TrainingReport
 from llamahome.training.adapter import write_adapter
 from llamahome.training.checkpoints import write_history
@@ -17,9 +18,18 @@ HISTORY_NAME = "history.jsonl"
 
 
 def write_result(job: TrainingJob) -> Path:
-    """The adapter to publish: the best weights where early stopping watched, else the last."""
+    """The adapter to publish: the best weights where early stopping watched, else the last.
+
+    Raises TrainingFailed (``nan_loss``) where they are not finite.
+    """
     if job.best is not None and job.config.early_stopping.enabled:
         job.slot.load(job.best)
+    if not job.slot.is_finite():
+        # Steps are skipped where the loss is not finite; the last one may have overshot before it.
+        raise TrainingFailed(
+            f"the weights are not finite after step {job.state.step}", code="nan_loss",
+            remedy="Lower learning_rate; the last good checkpoint is kept",
+        )  # fmt: skip
     job.state.proofs["adapter_moved"] = job.slot.moved()
     job.state.proofs["isolation"] = check_isolation(job.warm, job.slot, job.data.training)
     folder = job.ports.scratch / "adapter"

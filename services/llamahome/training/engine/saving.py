@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 
 from llamahome.training.checkpoints import Snapshot, prune_checkpoints, save_checkpoint
@@ -27,6 +27,12 @@ class Saver:
         root = self._ports.scratch / "checkpoints"
         self._writing = self._executor.submit(save_checkpoint, root, snapshot)
         self._writing.add_done_callback(lambda _: self.wake())
+
+    def abandon(self) -> None:
+        """Give up a save that has not begun, and wait for one that has: once the job has its
+        answer, its scratch folder is removed."""
+        if self._writing is not None and not self._writing.cancel():
+            wait([self._writing])
 
     def settled(self) -> bool:
         """True once everything is durable; called between ticks, it moves a save along.

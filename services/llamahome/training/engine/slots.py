@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,6 +14,8 @@ from llamahome.training.continuing import check_same_layers
 from llamahome.training.engine.added import SAVED_AS, AddedRows, AddedTokens
 from llamahome.training.engine.draws import Dropout, start_values
 
+# Names a slot for good: an id() is given again when a slot is gone.
+_SERIALS = itertools.count()
 _ALIGNMENT = 16  # elements; a matrix that begins at a cache line is multiplied the same everywhere
 
 
@@ -58,6 +61,7 @@ class Slot:
         job adds to the base, whose rows begin as :meth:`start_rows` is told.
         """
         self.target_modules = tuple(target_modules)
+        self.serial = next(_SERIALS)
         self.version = 0  # of the computing copy
         self.dropout = Dropout.of(lora.dropout)
         self.rank = lora.r
@@ -174,7 +178,11 @@ class Slot:
             for name in self._views
             if name.endswith(".lora_B.weight")
         ]
-        return all(bool(up.any()) for up in ups) and bool(weights.isfinite().all())
+        return all(bool(up.any()) for up in ups) and self.is_finite()
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number."""
+        return bool(self.weights.data.isfinite().all())
 
     def keep_gradient(self) -> None:
         """Remember the gradient, so that a pass that breaks off half-way can be undone."""

@@ -180,6 +180,7 @@ class Engine:
 
     def _end(self, running: _Running, outcome: TrainedAdapter | Exception) -> None:
         running.life.close()
+        running.job.saver.abandon()
         self._jobs.remove(running)
         running.on_end(outcome)
 
@@ -223,12 +224,14 @@ class Engine:
         """
         with configured(owners[0].job.machine):
             slots = {id(unit.slot): unit.slot for unit in units if unit.learns}.values()
-            for slot in slots:
-                slot.keep_gradient()
+            kept = []
             try:
+                for slot in slots:
+                    slot.keep_gradient()
+                    kept.append(slot)
                 return self._fitting(units)
             except torch.OutOfMemoryError as error:
-                for slot in slots:
+                for slot in kept:
                     slot.undo_gradient()
                 self._shrink(units, owners, error)
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -222,6 +223,8 @@ class WarmBase:
 
     def _try_packed(self) -> str | None:
         """Compare packed logits with the base's own on a few sequences. None, or why not."""
+        if found := _unlike_alone(self.model.config):
+            return found
         attention.register()
         vocabulary = self.loaded.vocabulary
         context = self.loaded.context or max(_PROBE_LENGTHS)
@@ -245,6 +248,8 @@ class WarmBase:
             ]
             try:
                 self.model.set_attn_implementation(attention.NAME)
+                if self.model.config._attn_implementation != attention.NAME:
+                    raise NotImplementedError("its attention cannot be replaced")
                 self.packed = True
                 ours = self.logits(units)
             except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
@@ -260,6 +265,19 @@ class WarmBase:
     def _back_to_own(self) -> None:
         self.packed = False
         self.model.set_attn_implementation(self._own_attention)
+
+
+def _unlike_alone(config: Any) -> str | None:
+    """What in a base's config makes a packed row unlike the row alone, where a probe of a few short
+    rows cannot see it; None where nothing does."""
+    text = config.get_text_config()
+    # The longest row of a pass would choose the frequencies of all its rows.
+    if "longrope" in json.dumps(getattr(text, "rope_parameters", None), default=str):
+        return "its rotary frequencies depend on the longest row of a pass (longrope)"
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            return f"its logits are not the head's alone ({name})"
+    return None
 
 
 def _rows_of(segment: Segment, device: torch.device) -> list[Pass]:
