@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llamahome.conversations.arrays import ArrayReader
 from llamahome.conversations.containers import layout_of
 from llamahome.conversations.strict_json import Refused
+from llamahome.errors import InvalidData
 
 
 class Trickle(io.BytesIO):
@@ -27,10 +28,13 @@ class Trickle(io.BytesIO):
 def elements(text: bytes, *, step: int = 1 << 20, max_bytes: int = 1000) -> list[Any]:
     stream = Trickle(text)
     stream.step = step
-    return [
-        (line, raw.reason if isinstance(raw, Refused) else raw)
-        for line, raw, _ in ArrayReader(stream, max_bytes=max_bytes)
-    ]
+    found: list[Any] = []
+    try:
+        for line, raw, _ in ArrayReader(stream, filename="a.json", max_bytes=max_bytes):
+            found.append((line, raw.reason if isinstance(raw, Refused) else raw))
+    except InvalidData as error:
+        found.append((error.place.line, f"refused: {error.message}"))
+    return found
 
 
 JSON = st.recursive(
@@ -76,12 +80,12 @@ def test_any_text_ends_and_the_cut_does_not_matter(text: str, step: int) -> None
         (b"[1,\n]", [(1, b"1"), (2, "a comma after the last element")]),
         (b"[1}, 2]", [(1, b"1"), (1, "'}' where an element must stand"),
                       (1, "',' where an element must stand"), (1, b"2")]),
-        (b"[1\n", [(1, b"1"), (2, "the array never ends")]),
-        (b"[1,", [(1, b"1"), (1, "the array never ends")]),
-        (b"[", [(1, "the array never ends")]),
-        (b'[1, {"a": "x', [(1, b"1"), (1, b'{"a": "x'), (1, "the array never ends")]),
-        (b'["\\', [(1, b'"\\'), (1, "the array never ends")]),
-        (b"[1]\n\n{}", [(1, b"1"), (3, "something follows the end of the array")]),
+        (b"[1\n", [(1, b"1"), (2, "refused: the array never ends")]),
+        (b"[1,", [(1, b"1"), (1, "refused: the array never ends")]),
+        (b"[", [(1, "refused: the array never ends")]),
+        (b'[1, {"a": "x', [(1, b"1"), (1, b'{"a": "x'), (1, "refused: the array never ends")]),
+        (b'["\\', [(1, b'"\\'), (1, "refused: the array never ends")]),
+        (b"[1]\n\n{}", [(1, b"1"), (3, "refused: something follows the end of the array")]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_between_elements_is_one_record(text: bytes, found: list[Any]) -> None:

@@ -93,10 +93,34 @@ def test_a_rejected_element_is_named_by_its_number_for_its_line_says_little(tmp_
     ]  # fmt: skip
 
 
-def test_a_cut_off_array_gives_its_rows_and_says_that_it_never_ends(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ALPACA)[:-30])
-    assert [code for _, code in found_in(path)] == ["ok", "ok", "invalid_json", "broken_array"]
+def test_an_array_that_does_not_end_where_it_should_is_refused_whole(tmp_path: Path) -> None:
+    """A missing quote swallows the rows after it: their number is not known."""
+    path, whole = tmp_path / "rows.json", json.dumps(ALPACA)
+    for text in (whole[:-30], whole.replace('"output": "', '"output": ', 1), whole + whole):
+        path.write_text(text)
+        with pytest.raises(InvalidData) as caught:
+            found_in(path)
+        assert (caught.value.code, caught.value.place.file) == ("broken_array", "rows.json")
+
+
+def test_a_format_is_told_after_any_number_of_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" * 200 + "\n".join(json.dumps(row) for row in ALPACA))
+    assert {code for _, code in found_in(path)} == {"ok"}
+
+
+def test_empty_columns_of_a_table_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": None, "conversations": turns}) + "\n")
+    assert found_in(path) == [(1, "ok")]
+
+
+def test_reasoning_has_the_limit_of_any_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "x" * 2_000_000}
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, answer]}) + "\n")
+    assert found_in(path) == [(1, "message_too_long")]
 
 
 def test_rows_of_lists_are_lines_and_no_array(tmp_path: Path) -> None:

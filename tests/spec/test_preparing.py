@@ -310,3 +310,20 @@ async def test_loading_is_shown_by_file_on_a_terminal_and_not_off_one(
     assert (task.description, task.total, task.completed) == ("Loading samples...", 3, 3)
     assert ("Loading samples..." in out.getvalue()) == terminal
     assert terminal or out.getvalue() == ""
+
+
+def test_folders_of_work_do_not_meet_however_often_they_come_and_go(tmp_path: Path) -> None:
+    """BEHAVIOUR 12: two managers on one folder."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from llamahome.local.tree import work_folder
+
+    def come_and_go(_: int) -> None:
+        for _ in range(100):
+            with work_folder(tmp_path) as folder:
+                assert folder.is_dir()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
+
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -57,6 +58,7 @@ def validate(
     from llamahome.validation import report_page, validate_files
 
     config = _config(None, None, assignments)
+    _check_elsewhere(quarantine, [*files, *(validation or ())])
     with _Quarantine(quarantine) as sink:
         report = validate_files(
             files,
@@ -119,6 +121,17 @@ def inspect(
         raise NotFound(
             f"{len(set(line)) - found} of the lines asked for hold no row", file=str(file),
             remedy="Lines are counted from 1; blank lines hold no row",
+        )  # fmt: skip
+
+
+def _check_elsewhere(quarantine: Path | None, files: Sequence[Path]) -> None:
+    """Raises InvalidConfig where the rejected rows would be written over what is read."""
+    if quarantine is None or not quarantine.exists():
+        return
+    if any(file.exists() and file.samefile(quarantine) for file in files):
+        raise InvalidConfig(
+            f"{quarantine} is one of the files to check", field="--quarantine",
+            remedy="Name another file for the rejected rows",
         )  # fmt: skip
 
 

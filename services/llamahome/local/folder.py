@@ -55,6 +55,11 @@ class OutFolder:
     def begin(self, record: RunRecord, *, resume: bool) -> bool:
         """Make ready for a run. True where checkpoints of an earlier one were set aside."""
         aside = False
+        if self.work.is_dir() and any(self.work.iterdir()) and not self._is_ours():
+            raise InvalidState(
+                "holds files that no run of ours left", file=str(self.work),
+                code="folder_not_empty", remedy="Move them, or name another folder with --out",
+            )  # fmt: skip
         if not resume and self.has_checkpoints:
             shutil.rmtree(self.earlier, ignore_errors=True)
             self.work.rename(self.earlier)
@@ -63,6 +68,9 @@ class OutFolder:
         self.scratch.mkdir(parents=True)
         record.write(self._record)
         return aside
+
+    def _is_ours(self) -> bool:
+        return self._record.exists() or self.scratch.is_dir() or self.has_checkpoints
 
     def finish(self, published: Path) -> None:
         """Put the published adapter into its place, and clean up."""
@@ -88,6 +96,8 @@ class OutFolder:
 
     def abandon(self) -> None:
         """Leave nothing half-done behind a run that failed before it saved anything."""
+        if not self._is_ours():
+            return
         if self.has_checkpoints:
             _remove(self.scratch)
         else:

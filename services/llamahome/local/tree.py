@@ -96,14 +96,19 @@ def locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def work_folder(parent: Path) -> Iterator[Path]:
     """A new folder in ``parent``, gone afterwards; what killed processes left there is removed."""
-    with contextlib.ExitStack() as stack:
-        with locked(parent):
-            for left in parent.glob(f"{_WORK_PREFIX}*"):
-                _remove_dead(left)
-            folder = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=parent))
-            stack.callback(shutil.rmtree, folder)
-            stack.enter_context(held(folder))
+    holding = contextlib.ExitStack()
+    with locked(parent):
+        for left in parent.glob(f"{_WORK_PREFIX}*"):
+            _remove_dead(left)
+        folder = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=parent))
+        holding.enter_context(held(folder))
+    try:
         yield folder
+    finally:
+        # Under the lock too: another one that begins would find it let go, and remove it as well.
+        with locked(parent):
+            holding.close()
+            shutil.rmtree(folder)
 
 
 def _remove_dead(folder: Path) -> None:

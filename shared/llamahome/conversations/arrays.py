@@ -1,6 +1,8 @@
 """One JSON array as a file: its elements one by one, in bounded memory.
 
-Only strings and brackets are looked at, so an element that is bad JSON inside costs no other one.
+Only strings and brackets are looked at, so an element that is bad JSON inside costs no other one as
+long as its own are closed. An array without an end, or with something after it, is refused as a
+whole: a quote or bracket that is missing swallows the rows after it, and nobody can say how many.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from llamahome.conversations.strict_json import Refused
+from llamahome.errors import InvalidData
 
 _CHUNK_BYTES = 256 * 1024
 _BOM = b"\xef\xbb\xbf"
@@ -41,11 +44,12 @@ class ArrayReader:
 
     Iterating gives (line the element starts on, its bytes, offset after it). The bytes are None
     where there are more than ``max_bytes``, which are then never held; they are a Refused where the
-    array itself is broken: something missing or too much between elements, or no end.
+    array is broken between elements. Raises InvalidData (broken_array) at the end of one that does
+    not end where it should.
     """
 
-    def __init__(self, stream: BinaryIO, *, max_bytes: int) -> None:
-        self._stream, self._max_bytes = stream, max_bytes
+    def __init__(self, stream: BinaryIO, *, filename: str, max_bytes: int) -> None:
+        self._stream, self._filename, self._max_bytes = stream, filename, max_bytes
         self._buffer = b""
         # The next byte to look at, the buffer's offset in the file, the line of that next byte.
         self._at = self._offset = 0
@@ -74,15 +78,21 @@ class ArrayReader:
                 byte = self._next()
         if after_comma and byte:
             yield self._item(_broken("a comma after the last element"))
-        yield from self._end(byte)
+        self._check_end(byte)
 
-    def _end(self, byte: bytes | None) -> Iterator[Element]:
+    def _check_end(self, byte: bytes | None) -> None:
         if byte is None:
-            yield self._item(_broken("the array never ends"))
-            return
+            raise self._error("the array never ends")
         self._move(self._at + 1)
         if self._next() is not None:
-            yield self._item(_broken("something follows the end of the array"))
+            raise self._error("something follows the end of the array")
+
+    def _error(self, what: str) -> InvalidData:
+        return InvalidData(
+            what, code="broken_array", file=self._filename, line=self._line,
+            remedy="Mend or export it again, or send it as JSONL: nobody can say which rows are "
+            "missing",
+        )  # fmt: skip
 
     def _item(self, found: bytes | Refused | None, line: int | None = None) -> Element:
         return line or self._line, found, self._offset + self._at

@@ -68,7 +68,10 @@ def _messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _turns(row: Mapping[str, Any]) -> Any:
-    given = [key for key in MESSAGE_KEYS if key in row]
+    # Tables have every column in every row; the empty ones are null.
+    given = [key for key in MESSAGE_KEYS if row.get(key) is not None] or [
+        key for key in MESSAGE_KEYS if key in row
+    ]
     if not given:
         raise Refused("missing_messages", "has no key messages, conversation or conversations")
     if any(row[key] != row[given[0]] for key in given[1:]):
@@ -165,7 +168,8 @@ def _prompt_completion(row: Mapping[str, Any]) -> Mapping[str, Any]:
         {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant"
         else turn for turn in prompt
     ]  # fmt: skip
-    return {"messages": asked + completion, "tools": _tools(row.get("tools"))}
+    return {"messages": asked + completion, "tools": _tools(row.get("tools")),
+            "functions": row.get("functions")}  # fmt: skip
 
 
 def _turns_or_text(row: Mapping[str, Any], column: str) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, cast
 
@@ -32,7 +31,6 @@ from llamahome.errors import InvalidConfig, nearest
 
 Record = tuple[int, bytes | Refused | None, int]
 # How far a file is read for the first row whose format can be told.
-_HEAD_ROWS = 64
 _HEAD_ROWS_BYTES = 4 * 1024 * 1024
 # Small enough to stay near the processor; large enough to be proven at once.
 _BATCH_ROWS = 64
@@ -102,12 +100,14 @@ def records(
         yield from ((line, raw, position) for line, (raw, position) in enumerate(lines, 1))
         return
     if source.layout == PARQUET:
-        yield from _parquet(stream, source)
+        yield from _parquet(stream, source, max_bytes)
         return
     stream.seek(0)
     text = _open(stream, source.filename, source.compression) if source.compression else stream
     if source.layout == ARRAY:
-        found: Iterator[Record] = iter(ArrayReader(text, max_bytes=max_bytes))
+        found: Iterator[Record] = iter(
+            ArrayReader(text, filename=source.filename, max_bytes=max_bytes)
+        )
     else:
         unlimited = 2**63
         pairs = lines_of_range(text, 0, unlimited, max_line_bytes=max_bytes)
@@ -141,7 +141,7 @@ def _open(stream: BinaryIO, filename: str, compression: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(unpacked, HEAD_BYTES))
 
 
-def _parquet(stream: BinaryIO, source: Source) -> Iterator[Record]:
+def _parquet(stream: BinaryIO, source: Source, max_bytes: int) -> Iterator[Record]:
     if source.compression:
         yield 1, Refused("invalid_json", "compressed Parquet; send the file as it is"), 0
         return
@@ -149,7 +149,8 @@ def _parquet(stream: BinaryIO, source: Source) -> Iterator[Record]:
     stream.seek(0)
     rows = parquet_rows(stream, filename=source.filename)
     for line, (raw, share) in enumerate(rows, 1):
-        yield line, raw, int(share * size)
+        too_long = isinstance(raw, bytes) and len(raw) > max_bytes
+        yield line, None if too_long else raw, int(share * size)
 
 
 def _format_of(stream: BinaryIO, source: Source, limits: Limits) -> str:
@@ -157,7 +158,9 @@ def _format_of(stream: BinaryIO, source: Source, limits: Limits) -> str:
     if source.foreign:
         return MESSAGES
     read = 0
-    for _, raw, _ in itertools.islice(records(stream, source, limits), _HEAD_ROWS):
+    # Rows too long for the limit are counted by how far the reading has got.
+    end = _HEAD_ROWS_BYTES if source.divisible else None
+    for _, raw, position in records(stream, source, limits, end=end):
         if isinstance(raw, bytes):
             read += len(raw)
             try:
@@ -166,6 +169,6 @@ def _format_of(stream: BinaryIO, source: Source, limits: Limits) -> str:
             except Refused:
                 # The row is reported when it is checked.
                 pass
-        if read > _HEAD_ROWS_BYTES:
+        if max(read, position) > _HEAD_ROWS_BYTES:
             break
     return MESSAGES

@@ -114,7 +114,7 @@ def _with_more(message: Mapping[str, Any], role: str, limits: Limits) -> JsonObj
             found[key] = _text(message, key)
     if calls:
         found["tool_calls"] = calls
-    if reasoning := _reasoning(message, role):
+    if reasoning := _reasoning(message, role, limits):
         found["reasoning_content"] = reasoning
     return found
 
@@ -202,13 +202,15 @@ def _tool_calls(message: Mapping[str, Any], role: str) -> Sequence[JsonObject]:
     return calls
 
 
-def _reasoning(message: Mapping[str, Any], role: str) -> str | None:
+def _reasoning(message: Mapping[str, Any], role: str, limits: Limits) -> str | None:
     key = next((key for key in _REASONING if message.get(key) is not None), None)
     if key is None:
         return None
     if role != "assistant":
         raise Refused("unsupported_key", f"{key} on a {role} turn")
-    return _text(message, key)
+    text = _text(message, key)
+    _check_shown(key, text, limits, may_be_empty=True)
+    return text
 
 
 def check_structure(roles: Sequence[str]) -> None:

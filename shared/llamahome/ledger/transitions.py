@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Row
 
 from llamahome.errors import LlamaHomeError
@@ -189,14 +190,20 @@ class Transitions(Backend):
     def _charge(self, connection: Connection, stage: str, tenant: str, seconds: float) -> None:
         """Add to the tenant's virtual time, starting it at the least of the busy tenants'."""
         mine = sa.and_(share.c.stage == stage, share.c.tenant == tenant)
-        changed = connection.execute(
-            sa.update(share).where(mine).values(used_seconds=share.c.used_seconds + seconds)
+        add = sa.update(share).where(mine).values(used_seconds=share.c.used_seconds + seconds)
+        if connection.execute(add).rowcount:
+            return
+        least = self._least_busy_share(connection, stage)
+        # Another completion of the tenant may insert the row meanwhile: then this one waits for it,
+        # finds it there, and adds to it.
+        insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+        begun = connection.execute(
+            insert(share)
+            .values(stage=stage, tenant=tenant, used_seconds=least + seconds)
+            .on_conflict_do_nothing()
         )
-        if changed.rowcount == 0:
-            least = self._least_busy_share(connection, stage)
-            connection.execute(
-                sa.insert(share).values(stage=stage, tenant=tenant, used_seconds=least + seconds)
-            )
+        if begun.rowcount == 0:
+            connection.execute(add)
 
     def _least_busy_share(self, connection: Connection, stage: str) -> float:
         busy = (

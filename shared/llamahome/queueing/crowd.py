@@ -36,7 +36,7 @@ class Crowd:
     ) -> None:
         self._runner, self._slots, self._settings, self._tell = runner, slots, settings, tell
         self._changed = threading.Condition()
-        self._running: dict[str, LeaseKeeper | None] = {}
+        self._running: dict[tuple[str, int], LeaseKeeper | None] = {}
         self._alone = False
         self._warm_base: str | None = None
 
@@ -63,7 +63,7 @@ class Crowd:
         started = 0
         while (claim := self._claim()) is not None:
             with self._changed:
-                self._running[claim.run_id] = None
+                self._running[claim.run_id, claim.fence] = None
             self._alone = claim.alone
             self._warm_base = claim.task.spec.base.name
             thread = threading.Thread(
@@ -90,13 +90,13 @@ class Crowd:
     def _attempt(self, claim: Claim) -> None:
         def note(lease: LeaseKeeper) -> None:
             with self._changed:
-                self._running[claim.run_id] = lease
+                self._running[claim.run_id, claim.fence] = lease
 
         try:
             self._runner.attempt(claim, note)
         finally:
             with self._changed:
-                del self._running[claim.run_id]
+                del self._running[claim.run_id, claim.fence]
                 self._changed.notify_all()
             self._tell_now()
 

@@ -103,7 +103,11 @@ class StageRunner:
             shard=task.shard,
             attempt=task.fence,
         ):
-            scratch = self._make_scratch()
+            try:
+                scratch = self._make_scratch()
+            except OSError as error:
+                self._failed(claim, _from_os_error(error))
+                return
             try:
                 with LeaseKeeper(self._ledger, claim) as lease:
                     if on_lease is not None:

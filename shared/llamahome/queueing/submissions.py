@@ -18,6 +18,8 @@ from llamahome.config import Settings
 from llamahome.config.logs import configure_logging
 from llamahome.errors import (
     InvalidConfig,
+    LlamaHomeError,
+    OperatorError,
     QuotaExceeded,
     TransientError,
     Unauthenticated,
@@ -78,6 +80,14 @@ class SubmissionDesk:
             return self._admission.reject(
                 tenant, wanted, error, kind="celery", submission_id=submission_id
             ).id
+        except TransientError:
+            raise  # the message is tried again
+        except Exception as error:  # nothing else would ever tell its sender
+            _LOG.exception("submission cannot be taken", submission_id=submission_id)
+            reason = _unforeseen(error)
+            return self._admission.reject(
+                tenant, wanted, reason, kind="celery", submission_id=submission_id
+            ).id
         _LOG.info("submission taken", submission_id=submission_id, job=job.id, new=created)
         return job.id
 
@@ -101,6 +111,14 @@ class SubmissionDesk:
         return self._admission.reject(
             tenant, wanted, reason, kind="celery", submission_id=submission_id[:128]
         ).id
+
+
+def _unforeseen(error: Exception) -> LlamaHomeError:
+    if not isinstance(error, ValidationError):
+        return OperatorError(f"{type(error).__name__}: {error}")
+    problem = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    return InvalidConfig(problem["msg"], code="invalid_submission", field=field)
 
 
 def main(settings: Settings, concurrency: int = 1) -> int:

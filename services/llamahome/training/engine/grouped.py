@@ -121,7 +121,8 @@ class GroupedLora(torch.autograd.Function):
         ctx.site, ctx.grouping, ctx.shape = site, grouping, x.shape
         ctx.save_for_backward(flat, h)
         # As in lora.py: no view.
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        shaped: torch.Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -158,7 +158,8 @@ class _Lora(torch.autograd.Function):
         ctx.parts, ctx.site, ctx.shape = parts, site, x.shape
         ctx.save_for_backward(flat, *saved)
         # No view that autograd knows of: some models add to a layer's output in place.
-        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        shaped: torch.Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
