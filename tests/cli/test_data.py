@@ -41,6 +41,14 @@ def test_validate_tells_what_a_job_would_and_needs_no_fleet(
     assert (found["total"], found["valid"], found["duplicates"]) == (3, 2, 1)
 
 
+def test_rejected_rows_are_not_written_over_what_is_read(llamahome: RunCommand, rows: Path) -> None:
+    before = rows.read_bytes()
+    ran = llamahome("validate", rows, "--quarantine", rows)
+    assert ran.code != 0
+    assert "--quarantine" in ran.err
+    assert rows.read_bytes() == before
+
+
 def test_validate_fails_where_a_job_would(
     llamahome: RunCommand, rows: Path, tmp_path: Path
 ) -> None:

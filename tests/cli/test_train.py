@@ -376,3 +376,15 @@ def test_training_goes_on_from_an_earlier_adapter_with_its_own_lora(
     other = train(place, tmp_path / "other", *more, settings=("lora.r=8",))
     assert (other.code, other.out) == (2, "")
     assert "lora.r: is 8, but the adapter 'adapter' was trained with 4" in other.err
+
+
+def test_a_folder_checkpoints_of_somebody_else_is_left_alone(
+    llamahome: RunCommand, place: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "out" / "checkpoints" / "mine" / "weights"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    ran = llamahome(*words(place, tmp_path / "out"))
+    assert ran.code != 0
+    assert "checkpoints" in ran.err
+    assert theirs.read_text() == "precious"

@@ -194,6 +194,8 @@ def test_a_submission_message_makes_one_job_however_often_it_comes(
         ({"surprise": 1}, "invalid_submission"),
         ({"v": 2}, "invalid_submission"),
         ({"metadata": {"a": 1}}, "invalid_submission"),
+        ({"metadata": {str(n): "x" for n in range(17)}}, "invalid_submission"),
+        ({"suffix": "x" * 65}, "invalid_submission"),
     ],
 )
 def test_a_submission_that_cannot_run_is_a_failed_job_its_sender_can_find(
@@ -207,6 +209,21 @@ def test_a_submission_that_cannot_run_is_a_failed_job_its_sender_can_find(
     assert found.state is JobState.failed
     assert found.error is not None
     assert found.error.code == code
+
+
+def test_what_nobody_foresaw_is_a_failed_job_too(
+    admission: Admission, ledger: Ledger, upload: StoredFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(admission, "submit", fail)
+    job_id = SubmissionDesk(ledger, admission).take(_message(ledger.create_key("acme").key, upload))
+    assert job_id is not None
+    found = ledger.job(job_id)
+    assert found.state is JobState.failed
+    assert found.error is not None
+    assert found.error.code == "internal_error"
 
 
 def test_a_submission_with_an_unknown_key_makes_nothing(
