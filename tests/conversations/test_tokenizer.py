@@ -14,6 +14,7 @@ from llamahome.conversations.conversation import Conversation
 from llamahome.conversations.masks import Dropped
 from llamahome.conversations.tokenizer import ChatTokenizer, tokenizer_files
 from llamahome.errors import InvalidConfig, NotFound
+from support.bases import write_base
 
 MakeBase = Callable[..., Path]
 ROW = Conversation(
@@ -43,7 +44,7 @@ def test_the_template_file_beats_the_one_in_the_configuration(
     (folder / "chat_template.jinja").write_text("from the file")
     base = ChatBase.load(folder)
     assert base.template_source == "from the file"
-    assert base.tokenizer.named == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert base.tokenizer.named == {"bos_token": "?", "eos_token": "</s>"}
     assert [path.name for path in tokenizer_files(folder)] == [
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     ]  # fmt: skip
@@ -132,3 +133,23 @@ def test_a_row_that_the_template_fails_on_is_dropped_with_its_words(
     base = ChatBase.load(folder_with(tmp_path, make_base, tokenizer_config__json=config))
     with pytest.raises(Dropped, match="the chat template says: TypeError"):
         base.tokenise(ROW, loss_scope="all")
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_names_in_special_tokens_map_count_as_they_do_in_transformers(
+    tmp_path: Path, decoder: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = write_base(tmp_path / "base", "chatml")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"eos_token": "</s>"}
+    config.pop("added_tokens_decoder", None)
+    if decoder:
+        config["added_tokens_decoder"] = {}
+    path.write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+
+    reference = AutoTokenizer.from_pretrained(folder)
+    assert ChatTokenizer.load(folder).named["eos_token"] == reference.eos_token
+    assert reference.eos_token == ("</s>" if decoder else "<|im_end|>")

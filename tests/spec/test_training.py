@@ -234,6 +234,36 @@ def test_a_run_with_other_settings_starts_afresh_says_so_and_replaces_the_model_
     assert json.loads((root / "metrics" / f"{LABEL}.json").read_text())["step"] == 2
 
 
+def test_a_death_while_the_model_changes_places_with_the_old_one_leaves_the_new_one(
+    basic: Path, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BEHAVIOUR 74: what the exchange took out is never published again."""
+    import shutil
+
+    from llamahome.local import fitting
+
+    root = tmp_path / "data"
+    shutil.copytree(basic, root, symlinks=True)
+    place = root / finetuned.relative_to(basic)
+
+    def die_after_the_exchange(new: Path, old: Path) -> None:
+        aside = tmp_path / "aside"
+        old.rename(aside)
+        new.rename(old)
+        aside.rename(new)
+        raise OSError("died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "replace_folder", die_after_the_exchange)
+        with pytest.raises(OSError, match="died"):
+            asyncio.run(TrainingData(root).train_model(num_epochs=1))
+    wanted = (place / WEIGHTS).read_bytes()
+    assert wanted != (finetuned / WEIGHTS).read_bytes()
+
+    asyncio.run(TrainingData(root).train_model(num_epochs=1))
+    assert (place / WEIGHTS).read_bytes() == wanted
+
+
 class FirstStep(logging.Handler):
     """Sets an event of the loop at the first step that is told of."""
 

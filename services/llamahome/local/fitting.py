@@ -28,7 +28,7 @@ from llamahome.schemas import BaseRef, JobReport, JobSpec
 from llamahome.storage import LocalStorage
 
 _METRICS, _HISTORY = "training_metrics.json", "history.jsonl"
-_FINISHED = "finished.json"
+_FINISHED, _PUBLISHING = "finished.json", "publishing.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class _Fit:
     def __init__(self, wanted: Fitting, folder: OutFolder, watch: Watch) -> None:
         self._wanted, self._folder, self._watch = wanted, folder, watch
         self._marker = folder.root / _FINISHED
+        self._publishing = folder.root / _PUBLISHING
 
     def result(self) -> TrainedFiles:
         wanted, folder = self._wanted, self._folder
@@ -88,7 +89,11 @@ class _Fit:
             if resume and self._is_finished():
                 return TrainedFiles(wanted.place, _report(wanted.place), trained=False)
             self._marker.unlink(missing_ok=True)
+            if folder.finished and not self._is_to_publish():
+                # What a publication that died half-way took out of the model's place.
+                shutil.rmtree(folder.adapter)
             if not (resume and folder.finished):
+                self._publishing.unlink(missing_ok=True)
                 shutil.rmtree(folder.adapter, ignore_errors=True)
                 self._train(spec, record, manifest, snapshot, resume=resume)
         finally:
@@ -130,6 +135,13 @@ class _Fit:
         marked: Any = json.loads(self._marker.read_text(encoding="utf-8"))
         return bool(marked.get("weights") == _sha256(weights))
 
+    def _is_to_publish(self) -> bool:
+        """Whether the finished adapter is the new one, not the one it has changed places with."""
+        if not self._publishing.is_file():
+            return True
+        marked: Any = json.loads(self._publishing.read_text(encoding="utf-8"))
+        return bool(marked.get("weights") == _sha256(self._folder.adapter / WEIGHTS_NAME))
+
     def _train(
         self,
         spec: JobSpec,
@@ -166,6 +178,7 @@ class _Fit:
         wanted, adapter = self._wanted, self._folder.adapter
         weights = _sha256(adapter / WEIGHTS_NAME)
         contents = {name: (adapter / name).read_bytes() for name in (_METRICS, _HISTORY)}
+        _replace(self._publishing, json.dumps({"weights": weights}).encode())
         with locked(wanted.tree.finetuned):
             recover(wanted.place)
             replace_folder(adapter, wanted.place)
@@ -174,6 +187,7 @@ class _Fit:
         _replace(metrics / f"{label}.json", contents[_METRICS])
         _replace(metrics / f"{label}.history.jsonl", contents[_HISTORY])
         _replace(self._marker, json.dumps({"weights": weights}).encode())
+        self._publishing.unlink()
 
 
 def _report(place: Path) -> JobReport:

@@ -61,14 +61,21 @@ def marked_files(base_dir: Path) -> tuple[JsonObject, JsonObject, MarkerIds]:
     Raises NotFound and InvalidConfig.
     """
     files = {path.name: path for path in tokenizer_files(base_dir)}
-    names = _read_json(files[_NAMES_JSON]) if _NAMES_JSON in files else {}
     config = _read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {}
-    declared = names | config
+    declared = _with_names(config, files)
 
     def complete(tokenizer: Tokenizer) -> None:
         _add_missing(tokenizer, declared, _named_tokens(declared))
 
     return with_markers(_read_json(files[TOKENIZER_JSON]), config, complete)
+
+
+def _with_names(config: JsonObject, files: Mapping[str, Path]) -> JsonObject:
+    """tokenizer_config.json with the names of special_tokens_map.json, as transformers has them:
+    they come before the config's own, and count only where that has no added_tokens_decoder."""
+    if "added_tokens_decoder" in config or _NAMES_JSON not in files:
+        return config
+    return config | _read_json(files[_NAMES_JSON])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,14 +146,14 @@ class ChatTokenizer:
         Raises NotFound and InvalidConfig naming the file.
         """
         files = {path.name: path for path in tokenizer_files(base_dir)}
-        names = _read_json(files[_NAMES_JSON]) if _NAMES_JSON in files else {}
         ids = None
         if markers:
             document, config, ids = marked_files(base_dir)
-            config = names | config
+            config = _with_names(config, files)
         else:
             document = _read_json(files[TOKENIZER_JSON])
-            config = names | (_read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {})
+            config = _read_json(files[CONFIG_JSON]) if CONFIG_JSON in files else {}
+            config = _with_names(config, files)
             if TEMPLATE_FILE in files:
                 config["chat_template"] = _read(files[TEMPLATE_FILE])
         tokenizer, post_processor = _plain_tokenizer(document), document.get("post_processor")
