@@ -49,11 +49,16 @@ class Crowd:
         attempts = 0
         try:
             while True:
-                attempts += self._fill()
                 with self._changed:
-                    if not self._running:
+                    idle = not self._running
+                started = self._fill()
+                attempts += started
+                with self._changed:
+                    # What could not go beside a run that has ended meanwhile is looked for again.
+                    if not self._running and idle and not started:
                         return attempts
-                    self._changed.wait(min(_LOOK_SECONDS, self._settings.lease_seconds / 3))
+                    if self._running:
+                        self._changed.wait(min(_LOOK_SECONDS, self._settings.lease_seconds / 3))
         except (SystemExit, KeyboardInterrupt):
             self._drain()
             raise
