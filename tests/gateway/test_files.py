@@ -58,6 +58,31 @@ def test_files_are_filtered_by_purpose(stock: openai.OpenAI) -> None:
     assert [file.id for file in stock.files.list(purpose="fine-tune")] == [kept.id]
 
 
+def test_an_empty_upload_is_refused(stock: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        stock.files.create(file=("rows.jsonl", b""), purpose="fine-tune")
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "file")
+    assert "is empty" in refused.value.message
+    assert list(stock.files.list()) == []
+
+
+@pytest.mark.parametrize("limit", [0, -1, 10_001, 10**30])
+def test_a_page_of_an_impossible_size_is_refused(
+    stock: openai.OpenAI, submit: Callable[..., str], limit: int
+) -> None:
+    job_id = submit()
+    lists: tuple[Callable[[], Any], ...] = (
+        lambda: stock.files.list(limit=limit),
+        lambda: stock.fine_tuning.jobs.list(limit=limit),
+        lambda: stock.fine_tuning.jobs.list_events(job_id, limit=limit),
+        lambda: stock.fine_tuning.jobs.checkpoints.list(job_id, limit=limit),
+    )
+    for each in lists:
+        with pytest.raises(openai.BadRequestError) as refused:
+            each()
+        assert (refused.value.code, refused.value.param) == ("invalid_value", "limit")
+
+
 def test_an_upload_that_the_client_repeats_is_one_file(stock: openai.OpenAI, rows: bytes) -> None:
     def send(retries: int, name: str = "rows.jsonl", data: bytes = rows) -> Any:
         return stock.files.with_raw_response.create(

@@ -18,6 +18,7 @@ from llamahome.errors import (
     InvalidState,
     NotFound,
     OperatorError,
+    QuotaExceeded,
     Unauthenticated,
     Unavailable,
 )
@@ -145,6 +146,37 @@ def test_twenty_threads_submitting_one_id_make_one_job(ledger: Ledger, make_spec
     assert len(set(made)) == 1
 
 
+def test_of_twenty_submissions_at_once_a_quota_lets_just_so_many_through(
+    ledger: Ledger, make_spec: Spec
+) -> None:
+    answers: list[str] = []
+    together = threading.Barrier(20)
+
+    def submit(number: int) -> None:
+        together.wait()
+        try:
+            job, _ = ledger.submit(make_spec(), submission_id=f"s-{number % 10}", quota=2)
+        except QuotaExceeded as error:
+            answers.append(error.message)
+        else:
+            answers.append(job.id)
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = {job.id for job in ledger.jobs("acme")[0]}
+    assert len(made) == 2
+    assert set(answers) == made | {"2 jobs are in flight and 2 are allowed"}
+    assert len([answer for answer in answers if answer in made]) == 4, "each was asked for twice"
+    with pytest.raises(QuotaExceeded):
+        ledger.check_quota("acme", 2)
+    ledger.cancel(made.pop())
+    assert ledger.submit(make_spec(), quota=2)[1]
+    assert ledger.submit(make_spec(tenant="other"), quota=1)[1]
+
+
 def test_threads_that_claim_at_once_never_share_a_run(ledger: Ledger, make_spec: Spec) -> None:
     ledger.submit(make_spec(shards=40))
     taken: list[str] = []
@@ -233,6 +265,21 @@ def test_a_new_checkpoint_is_progress_and_resets_the_attempts(
     assert ledger.job(job_id).state is not JobState.failed
 
 
+def test_a_checkpoint_whose_answer_was_lost_may_be_said_again(
+    ledger: Ledger, make_spec: Spec, claim: Take
+) -> None:
+    job_id = _training(ledger, make_spec())
+    held = claim(Stage.training)
+    assert held is not None
+    for step in (1, 2):
+        artifact = ArtifactRef(digest=f"{step}", path=f"jobs/{step}", bytes=1)
+        point = CheckpointRef(step=step, artifact=artifact)
+        first = ledger.checkpoint(held, point, keep=1)
+        assert [gone.step for gone in first] == ([] if step == 1 else [1])
+        assert ledger.checkpoint(held, point, keep=1) == []
+    assert [point.step for _, point in ledger.checkpoints(job_id)] == [2]
+
+
 def test_only_the_newest_checkpoints_and_the_best_stay_known(
     ledger: Ledger, make_spec: Spec, claim: Take
 ) -> None:
@@ -311,14 +358,14 @@ def test_a_users_error_fails_the_job_at_once_and_cancels_the_rest(
     assert states == {RunState.failed, RunState.cancelled}
 
 
-def test_a_passing_error_is_tried_again_later_and_parked_in_the_end(
+def test_an_error_of_ours_is_tried_again_later_and_parked_in_the_end(
     ledger: Ledger, make_spec: Spec, claim: Take
 ) -> None:
     job, _ = ledger.submit(make_spec(shards=1))
     for n in range(3):
         held = claim(Stage.validation)
         assert held is not None
-        state = ledger.fail(held, Unavailable("storage is away"), retry_seconds=0.3)
+        state = ledger.fail(held, OperatorError("a mistake"), retry_seconds=0.3)
         assert state is (RunState.parked if n == 2 else RunState.ready)
         assert claim(Stage.validation) is None, "the backoff must hold it back"
         time.sleep(0.3 * 4**n + 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 
 from llamahome.config import Settings, load_settings
-from llamahome.errors import InvalidConfig, InvalidData, NotFound, QuotaExceeded, UserError
+from llamahome.errors import (
+    InvalidConfig,
+    InvalidData,
+    NotFound,
+    QuotaExceeded,
+    Unavailable,
+    UserError,
+)
 from llamahome.ledger import Ledger
 from llamahome.queueing.admission import Admission, Wanted
 from llamahome.queueing.doorbell import Bell, FaultyBell
@@ -97,7 +105,7 @@ def test_a_job_is_accepted_with_its_effective_configuration_and_rung_for(
         ({"config": {"lerning_rate": 1}}, InvalidConfig, "Did you mean 'learning_rate'"),
         ({"config": {"epochs": 0}}, InvalidConfig, "epochs"),
         ({"recipe": "quik"}, NotFound, "Did you mean 'quick'"),
-        ({"training_file": "file:///etc/passwd"}, UserError, "not below an allowed prefix"),
+        ({"training_file": "file:///etc/passwd"}, UserError, "not below an allowed folder"),
     ],
 )
 def test_a_wrong_wish_is_refused_by_name_and_leaves_no_job(
@@ -134,6 +142,33 @@ def test_the_quota_counts_jobs_in_flight(
     )
 
 
+def test_of_submissions_at_once_no_more_than_the_quota_are_accepted(
+    make_admission: Callable[..., Admission], upload: StoredFile, ledger: Ledger
+) -> None:
+    strict = make_admission(quota_active_jobs=2)
+    ended = strict.submit("acme", Wanted(model="tiny", training_file=upload.id), kind="http")[0]
+    ledger.cancel(ended.id)
+    together = threading.Barrier(8)
+    refused: list[QuotaExceeded] = []
+
+    def send(number: int) -> None:
+        together.wait()
+        try:
+            if number % 2:
+                strict.retry(ended.id, "acme")
+            else:
+                strict.submit("acme", Wanted(model="tiny", training_file=upload.id), kind="http")
+        except QuotaExceeded as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (ledger.active_jobs("acme"), len(refused)) == (2, 6)
+
+
 def test_a_retry_is_a_new_job_like_the_old_one(
     admission: Admission, upload: StoredFile, ledger: Ledger
 ) -> None:
@@ -158,11 +193,41 @@ def test_an_allow_listed_uri_is_copied_in_but_never_through_a_parent_folder(
     job, _ = open_door.submit("acme", wanted, kind="celery")
     assert job.spec.training_files[0].filename == "a.jsonl"
     for uri in (f"file://{data}/../secret", f"file://{tmp_path}/secret"):
-        with pytest.raises(UserError, match="not below an allowed prefix"):
+        with pytest.raises(UserError, match="not below an allowed folder"):
             open_door.submit("acme", Wanted(model="tiny", training_file=uri), kind="celery")
-    missing = Wanted(model="tiny", training_file=f"file://{data}/b.jsonl")
-    with pytest.raises(NotFound, match="no such file"):
-        open_door.submit("acme", missing, kind="celery")
+    (tmp_path / "data-secret").mkdir()
+    (tmp_path / "data-secret" / "a.jsonl").write_text("s")
+    bare = make_admission(uri_allowlist=(f"file://{data}",))
+    beside = Wanted(model="tiny", training_file=f"file://{tmp_path}/data-secret/a.jsonl")
+    with pytest.raises(UserError, match="not below an allowed folder"):
+        bare.submit("acme", beside, kind="celery")
+
+
+def test_a_uri_that_cannot_be_read_is_refused_by_its_name(
+    make_admission: Callable[..., Admission], tmp_path: Path, ledger: Ledger
+) -> None:
+    (tmp_path / "data" / "folder").mkdir(parents=True)
+    open_door = make_admission(uri_allowlist=(f"file://{tmp_path}/data",))
+    for name, kind, text in (
+        ("missing", NotFound, "no such file: file://.*/data/missing"),
+        ("folder", InvalidData, "file://.*/data/folder cannot be read: Is a directory"),
+    ):
+        wanted = Wanted(model="tiny", training_file=f"file://{tmp_path}/data/{name}")
+        with pytest.raises(kind, match=text):
+            open_door.submit("acme", wanted, kind="celery")
+    assert ledger.files("acme")[0] == []
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_unavailable(
+    make_admission: Callable[..., Admission], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("{}\n")
+    (tmp_path / "scratch").write_text("in the way")
+    open_door = make_admission(uri_allowlist=(f"file://{tmp_path}/data",))
+    wanted = Wanted(model="tiny", training_file=f"file://{tmp_path}/data/a.jsonl")
+    with pytest.raises(Unavailable, match=r"a\.jsonl cannot be kept for now"):
+        open_door.submit("acme", wanted, kind="celery")
 
 
 def _message(key: str, upload: StoredFile, **changes: Any) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import queue
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,6 +189,70 @@ def test_progress_and_events_reach_the_ledger_while_the_stage_works(
     assert seen.is_set()
     event = next(event for event in ledger.events(job.id)[0] if event.message == "half way")
     assert (event.kind, event.data) == ("metrics", {"step": 3})
+
+
+def test_what_a_stage_said_before_it_failed_is_told_before_the_failure(
+    ledger: Ledger, make_runner: MakeRunner, make_spec: MakeSpec
+) -> None:
+    job, _ = ledger.submit(make_spec())
+
+    def function(task: StageTask, ports: Ports) -> StageResult:
+        ports.event("first")
+        threading.Event().wait(0.3)  # "first" is sent; the next renewal is up to a second away
+        ports.event("what led to it", level="warn")
+        raise InvalidData("no good")
+
+    make_runner(function=function).work()
+    messages = [event.message for event in ledger.events(job.id)[0]]
+    assert messages[-3:] == ["first", "what led to it", "no good"]
+
+
+@pytest.mark.parametrize("end", [Stopped("enough", code="drain"), SystemExit(0)])
+def test_what_a_stage_said_before_it_was_handed_back_is_told(
+    ledger: Ledger, make_runner: MakeRunner, make_spec: MakeSpec, end: BaseException
+) -> None:
+    job, _ = ledger.submit(make_spec())
+    said = 0
+
+    def function(task: StageTask, ports: Ports) -> StageResult:
+        nonlocal said
+        said += 1
+        if said > 1:
+            return StageResult()
+        ports.event("first")
+        threading.Event().wait(0.3)
+        ports.event("second")
+        raise end
+
+    with contextlib.suppress(SystemExit):
+        make_runner(function=function).work()
+    messages = [event.message for event in ledger.events(job.id)[0]]
+    assert messages.index("first") < messages.index("second")
+    assert messages.index("second") < messages.index("validation handed back by its worker")
+
+
+def test_what_a_stage_says_last_is_told_though_a_renewal_is_under_way(
+    ledger: Ledger, make_runner: MakeRunner, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renewal that holds events and is slower than the completion must not lose them."""
+    job, _ = ledger.submit(make_spec())
+    renewing = threading.Event()
+    renew = ledger.renew
+
+    def slow(*args: Any, **given: Any) -> Any:
+        renewing.set()
+        threading.Event().wait(0.5)
+        return renew(*args, **given)
+
+    monkeypatch.setattr(ledger, "renew", slow)
+
+    def function(task: StageTask, ports: Ports) -> StageResult:
+        ports.event(f"the last word of {task.step}")
+        assert renewing.wait(5)
+        return StageResult()
+
+    make_runner(function=function).work()
+    assert "the last word of shard" in [event.message for event in ledger.events(job.id)[0]]
 
 
 def test_a_worker_cut_off_from_the_ledger_stops_before_its_lease_ends(

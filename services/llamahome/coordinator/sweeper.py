@@ -30,10 +30,13 @@ class Sweeper:
         return sum(ring.runs for ring in rings)
 
     def run(self, stop: threading.Event) -> None:
-        """Sweep until told to stop; a ledger that does not answer is asked again next round."""
+        """Sweep until told to stop; whatever a round fails of, more follow."""
         while not stop.is_set():
             try:
                 self.sweep()
             except Unavailable as error:
                 _LOG.warning("sweep skipped", error=str(error))
+            except Exception:
+                # Without a sweeper lost doorbells stay lost: it outlives any mistake of a round.
+                _LOG.exception("sweep failed")
             stop.wait(self._settings.sweep_seconds)

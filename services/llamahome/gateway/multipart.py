@@ -36,7 +36,7 @@ async def receive_upload(request: Request, limit_bytes: int) -> AsyncIterator[Up
     """Yield the one upload of a multipart request; its temporary file ends with the request.
 
     Raises InvalidData (code ``file_too_large`` above ``limit_bytes``), InvalidConfig with the
-    form field at fault.
+    form field at fault; an empty file is one.
     """
     form = await _parse(request, limit_bytes)
     try:
@@ -94,6 +94,8 @@ def _checked(form: FormData, limit_bytes: int) -> Upload:
         raise InvalidConfig("file must be a file part, and purpose a text part", field="file")
     if (file.size or 0) > limit_bytes:
         raise _too_large(limit_bytes)
+    if not file.size:
+        raise InvalidConfig("the file is empty", field="file", remedy="Upload one that has rows")
     return Upload(_label(file.filename), check_purpose(purpose), file.file)
 
 

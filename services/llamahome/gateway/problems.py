@@ -130,7 +130,7 @@ def _problem(problem: dict[str, Any], known: dict[tuple[str, ...], list[str]]) -
     shown = "" if isinstance(value, dict | list) or "not " in message else f", not {value!r}"
     code = kind if kind in _OWN_CODES else "invalid_value"
     return InvalidConfig(
-        f"{field}: {message[0].lower()}{message[1:]}{shown}", code=code, field=field
+        f"{field or 'the body'}: {message[0].lower()}{message[1:]}{shown}", code=code, field=field
     )
 
 

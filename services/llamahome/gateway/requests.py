@@ -5,6 +5,7 @@ OpenAI's own fields may all be null, which means the same as leaving them out.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,7 @@ from llamahome.schemas.jobs import MAX_METADATA_PAIRS
 
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
+_LARGEST = sys.float_info.max  # JSON's integers have no limit
 
 
 def _whole(low: int, high: int) -> PlainValidator:
@@ -43,7 +45,7 @@ def _whole(low: int, high: int) -> PlainValidator:
 def _positive(value: Any) -> float | None:
     if value is None or value == "auto":
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST:
         return float(value)
     raise ValueError(f'must be "auto" or a number above 0, not {value!r}')
 

@@ -10,11 +10,13 @@
     │   ├── InvalidState           right request, wrong moment
     │   ├── Unauthenticated        no key, or one nobody made
     │   └── TrainingFailed         the training itself cannot go on (NaN loss, out of memory)
-    ├── TransientError             try again; retried with backoff, counted
-    │   ├── Unavailable            Redis, the ledger, storage or the gateway does not answer
+    ├── TransientError             try again; retried with backoff
+    │   ├── Unavailable            Redis, the ledger, storage or the gateway does not answer; costs
+    │   │                          a run no attempt for an hour
     │   └── QuotaExceeded          the tenant has as much in flight as it may
     ├── OperatorError              ours; parked after max_attempts, kept for the operator
-    │   ├── CorruptArtifact        stored bytes differ from their manifest
+    │   ├── CorruptArtifact        bytes are not what they were when they were written
+    │   │   └── DamagedArtifact    a published artifact: make it again under its path
     │   └── WorkerLost             the process that ran it is gone
     └── Stopped                    not a failure: somebody asked the work to end
         └── Fenced                 another attempt holds the run now; nothing may be committed
@@ -32,6 +34,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "CorruptArtifact",
+    "DamagedArtifact",
     "Fenced",
     "InvalidConfig",
     "InvalidData",
@@ -154,6 +157,13 @@ class CorruptArtifact(OperatorError):
     default_code = "corrupt_artifact"
 
 
+class DamagedArtifact(CorruptArtifact):
+    """An artifact's files or manifest are missing or changed; ``place.file`` is its storage path.
+
+    Publishing it again at that path puts it right.
+    """
+
+
 class WorkerLost(OperatorError):
     default_code = "worker_lost"
 
@@ -173,7 +183,7 @@ _KINDS: dict[str, type[LlamaHomeError]] = {
     for kind in (
         LlamaHomeError, UserError, InvalidConfig, InvalidData, NotFound, InvalidState,
         Unauthenticated, TrainingFailed, TransientError, Unavailable, QuotaExceeded,
-        OperatorError, CorruptArtifact, WorkerLost, Stopped, Fenced,
+        OperatorError, CorruptArtifact, DamagedArtifact, WorkerLost, Stopped, Fenced,
     )
 }  # fmt: skip
 

@@ -8,12 +8,13 @@ from llamahome.ledger.claims import Claim
 from llamahome.ledger.facts import Facts
 from llamahome.ledger.migrate import Migrations
 from llamahome.ledger.registry import Registry
+from llamahome.ledger.repair import Repairs
 from llamahome.ledger.sweep import Ring, Sweeping
 
 __all__ = ["Claim", "Ledger", "Ring"]
 
 
-class Ledger(Sweeping, Registry, Facts, Migrations):
+class Ledger(Repairs, Sweeping, Registry, Facts, Migrations):
     """Everything that may be said to and asked of the ledger.
 
     One per process: connections do not survive a fork. Every method is one transaction and

@@ -2,21 +2,25 @@
 
 Every writing transaction takes its write lock at the start (``BEGIN IMMEDIATE`` on SQLite): a
 deferred one that reads and then writes fails at once with "database is locked", whatever the
-busy timeout. Deadlocks, which PostgreSQL resolves by aborting one side, are retried here.
+busy timeout. Deadlocks, which PostgreSQL resolves by aborting one side, are retried here. How long
+PostgreSQL is waited for stands in ``ledger.postgres``; SQLite's lock is, for ``BUSY_SECONDS``.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from llamahome.errors import InvalidConfig, Unavailable
+from llamahome.ledger.storable import storable_json
 
 T = TypeVar("T")
 _DEADLOCK_RETRIES = 8
@@ -82,29 +86,57 @@ class Backend:
                 if attempts_left and _retriable(error):
                     continue
                 if isinstance(error, OperationalError) or error.connection_invalidated:
-                    raise self._unavailable(error) from error
+                    raise self._unavailable(str(error.orig)) from error
                 raise
+            except PoolTimeout as error:
+                raise self._unavailable(f"no connection is free: {error.args[0]}") from error
         raise AssertionError("the last attempt returns or raises")
 
-    def _unavailable(self, error: DBAPIError) -> Unavailable:
-        cause = str(error.orig).strip().splitlines()
+    def _unhurried(self, connection: Connection) -> AbstractContextManager[None]:
+        """Within it a transaction may take as long as it takes."""
+        if self.sqlite:
+            return nullcontext()
+        from llamahome.ledger import postgres
+
+        return postgres.unhurried(connection)
+
+    def _unavailable(self, cause: str) -> Unavailable:
+        first_line = cause.strip().partition("\n")[0]
         return Unavailable(
-            f"the ledger {self.describe()} does not answer: {cause[0] if cause else error}",
+            f"the ledger {self.describe()} does not answer: {first_line}",
             code="ledger_unavailable",
             remedy="Check LLAMAHOME_LEDGER_URL and run `llamahome doctor`",
         )
 
     def _create_engine(self) -> Engine:
         if not self.sqlite:
-            return sa.create_engine(self._url, pool_pre_ping=True, pool_size=4, max_overflow=4)
+            return _postgres_engine(self._url)
         engine = sa.create_engine(
             self._url,
+            json_serializer=storable_json,
             # The driver must not begin transactions on its own: _begin says which kind.
             connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
         )
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin)
         return engine
+
+
+def _postgres_engine(url: URL) -> Engine:
+    from llamahome.ledger import postgres  # psycopg is not loaded for a ledger on SQLite
+
+    engine = sa.create_engine(
+        url,
+        json_serializer=storable_json,
+        connect_args=postgres.connect_args(url),
+        pool_pre_ping=True, pool_size=4, max_overflow=4, pool_timeout=postgres.POOL_SECONDS,
+    )  # fmt: skip
+
+    def connect(_dialect: Any, _record: Any, args: Any, parameters: Any) -> Any:
+        return postgres.BoundedConnection.connect(*args, **parameters)
+
+    sa.event.listen(engine, "do_connect", connect)
+    return engine
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

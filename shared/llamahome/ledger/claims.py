@@ -1,4 +1,4 @@
-"""Claiming runs, and taking them back from those that stopped renewing.
+"""Claiming runs.
 
 A claim raises the run's fence and takes a lease; every later write of that attempt carries the
 fence, and a stale one changes no row. Leases are for liveness, the fence is for safety
@@ -10,21 +10,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.engine import Connection, Row
 
-from llamahome.errors import Fenced, WorkerLost
+from llamahome.errors import Fenced, OperatorError
 from llamahome.ledger import pipeline
+from llamahome.ledger.failing import Failing
 from llamahome.ledger.fairness import claim_order
-from llamahome.ledger.jobs import Jobs
 from llamahome.ledger.rows import output_view
 from llamahome.ledger.tables import attempt, checkpoint, job, run
 from llamahome.schemas import (
-    AttemptOutcome,
     CheckpointRef,
-    JobError,
     JobSpec,
-    JobState,
-    NewEvent,
     RunState,
     Stage,
     StageTask,
@@ -54,8 +51,8 @@ class Claim(NamedTuple):
         return self.task.fence
 
 
-class Claims(Jobs):
-    """The statements that give a run to a worker and take it away."""
+class Claims(Failing):
+    """The statements that give a run to a worker."""
 
     def claim(
         self,
@@ -75,22 +72,28 @@ class Claims(Jobs):
         goes before the others, unless one of them has waited longer than ``affinity_seconds``.
         ``beside`` says that the worker has runs of ``warm_base`` at work: only its like may join
         them, none that must run alone, and none while another base has waited for so long.
+        A job whose rows this release cannot read fails here, and the next one is taken.
         Raises Unavailable.
         """
 
         def work(connection: Connection) -> Claim | None:
             self._expire(connection, stage)
-            picked = self._pick(connection, stage, warm_base, affinity_seconds)
-            if picked is None or (beside and not _may_join(picked, warm_base)):
-                return None
-            taken = self._take(connection, picked, worker, lease_seconds)
-            if taken is None:
-                return None
-            self._insert_attempt(connection, taken, picked.ready_at, worker, host, pid)
-            self._note_start(connection, taken)
-            task = self._task(connection, taken)
-            alone = taken.max_attempts > 1 and taken.attempts >= taken.max_attempts
-            return Claim(task, taken.tenant, worker, lease_seconds, alone)
+            while picked := self._pick(connection, stage, warm_base, affinity_seconds):
+                if beside and not _may_join(picked, warm_base):
+                    return None
+                taken = self._take(connection, picked, worker, lease_seconds)
+                if taken is None:
+                    return None
+                self._insert_attempt(connection, taken, picked.ready_at, worker, host, pid)
+                self._note_start(connection, taken)
+                try:
+                    task = self._task(connection, taken)
+                except ValueError as error:  # pydantic's, or an enum's
+                    self._fail_run(connection, taken, _unreadable(taken, error), RunState.parked)
+                    continue
+                alone = taken.max_attempts > 1 and taken.attempts >= taken.max_attempts
+                return Claim(task, taken.tenant, worker, lease_seconds, alone)
+            return None
 
         return self._write(work)
 
@@ -203,57 +206,6 @@ class Claims(Jobs):
         ).scalars()
         return tuple(CheckpointRef.model_validate(ref) for ref in kept if ref != taken.checkpoint)
 
-    def _expire(self, connection: Connection, stage: Stage | None = None) -> list[str]:
-        """Take back runs whose lease has run out; park those that have no attempt left.
-
-        Returns the ids of the runs taken back.
-        """
-        overdue = sa.select(run).where(
-            run.c.state == RunState.running, run.c.lease_until < self.now
-        )
-        if stage is not None:
-            overdue = overdue.where(run.c.stage == stage)
-        if not self.sqlite:
-            overdue = overdue.with_for_update(skip_locked=True)
-        taken = []
-        for row in connection.execute(overdue).all():
-            self._take_back(connection, row)
-            taken.append(row.id)
-        return taken
-
-    def _take_back(self, connection: Connection, row: Row[Any]) -> None:
-        error = WorkerLost(
-            f"{row.owner} stopped renewing its lease on {row.stage} {row.step} {row.shard}"
-        )
-        parked = row.attempts >= row.max_attempts
-        connection.execute(
-            sa.update(run)
-            .where(run.c.id == row.id)
-            .values(
-                state=RunState.parked if parked else RunState.ready,
-                last_error=error.to_dict(),
-                owner=None,
-                lease_until=None,
-                ready_at=self.now,
-                rung_at=None,
-                not_before=None,
-            )
-        )
-        self._end_attempt(connection, row.id, row.fence, AttemptOutcome.lost, error=error)
-        owner = self._lock_job(connection, row.job_id)
-        assert owner is not None
-        if parked:
-            message = f"{error}, {row.attempts} times without progress"
-            self._finish_job(
-                connection, owner, JobState.failed, JobError(code="worker_lost", message=message)
-            )
-        self._append(
-            connection,
-            row.job_id,
-            [NewEvent(message=str(error), level="error" if parked else "warn")],
-        )
-        self._advance(connection, row.job_id)
-
     def _update_held(self, connection: Connection, claim: Claim, values: dict[str, Any]) -> bool:
         """Change the run if this attempt still holds it; False when it does not."""
         changed = connection.execute(sa.update(run).where(*mine(claim)).values(**values))
@@ -261,6 +213,17 @@ class Claims(Jobs):
 
     def _held(self, connection: Connection, claim: Claim) -> Row[Any] | None:
         return connection.execute(sa.select(run).where(*mine(claim))).one_or_none()
+
+
+def _unreadable(taken: Row[Any], error: ValueError) -> OperatorError:
+    cause = str(error)
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_input=False)[0]
+        cause = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return OperatorError(
+        f"job {taken.job_id} cannot be read by this release: {cause}",
+        remedy="Where a newer release wrote it, bring every worker up to date, then retry the job",
+    )
 
 
 def _may_join(picked: Row[Any], base: str | None) -> bool:

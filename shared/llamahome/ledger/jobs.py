@@ -1,43 +1,27 @@
-"""Jobs: accepted, looked up, cancelled, paused."""
+"""Jobs: accepted, cancelled, paused."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import IntegrityError
 
-from llamahome.errors import InvalidState, LlamaHomeError, NotFound
+from llamahome.errors import InvalidState, LlamaHomeError, QuotaExceeded
 from llamahome.ledger import pipeline
 from llamahome.ledger.backend import new_id
-from llamahome.ledger.fairness import claim_order
-from llamahome.ledger.pipeline import in_order
-from llamahome.ledger.rows import event_view, job_view, output_view, run_view
-from llamahome.ledger.tables import attempt, checkpoint, event, job, run
-from llamahome.ledger.transitions import Transitions
-from llamahome.schemas import (
-    TERMINAL_JOB_STATES,
-    CheckpointRef,
-    Event,
-    Job,
-    JobError,
-    JobSpec,
-    JobState,
-    NewEvent,
-    Run,
-    RunOutput,
-    RunState,
-    Stage,
-)
+from llamahome.ledger.lookups import Lookups
+from llamahome.ledger.tables import job, run
+from llamahome.schemas import Job, JobError, JobSpec, JobState, NewEvent, RunState
 
 MAX_ATTEMPTS = 3
+# First key of PostgreSQL's advisory locks on tenants; the second is the tenant's hash.
+_TENANT_LOCKS = 720104262
 
 
-class Jobs(Transitions):
+class Jobs(Lookups):
     """The statements on whole jobs."""
 
     def submit(
@@ -48,18 +32,25 @@ class Jobs(Transitions):
         submission_id: str | None = None,
         retry_of: str | None = None,
         max_attempts: int = MAX_ATTEMPTS,
+        quota: int | None = None,
     ) -> tuple[Job, bool]:
         """Accept a job: its row, its runs and its first event in one transaction.
 
         Returns the job and whether it is new. The same (tenant, submission_id) answers the job
-        that the first one made, whatever the second one's spec. Raises Unavailable.
+        that the first one made, whatever the second one's spec. Raises QuotaExceeded where the
+        tenant has ``quota`` jobs that have not ended, Unavailable.
         """
 
         def work(connection: Connection) -> tuple[str, bool]:
+            if quota is not None:
+                # First, so that of two equal submissions the second one finds the first one's job.
+                self._lock_tenant(connection, spec.tenant)
             if submission_id is not None:
                 first = self._by_submission(connection, spec.tenant, submission_id)
                 if first is not None:
                     return first.id, False
+            if quota is not None:
+                self._refuse_over(connection, spec.tenant, quota)
             owner = self._insert_job(
                 connection, spec, kind=kind, submission_id=submission_id, retry_of=retry_of
             )
@@ -72,6 +63,24 @@ class Jobs(Transitions):
             return owner.id, True
 
         return self._submitted(work, spec.tenant, submission_id)
+
+    def check_quota(self, tenant: str, quota: int) -> None:
+        """Raises QuotaExceeded where a job more would be refused now, Unavailable."""
+        self._read(lambda connection: self._refuse_over(connection, tenant, quota))
+
+    def _refuse_over(self, connection: Connection, tenant: str, quota: int) -> None:
+        active = self._active_jobs(connection, tenant)
+        if active >= quota:
+            raise QuotaExceeded(
+                f"{active} jobs are in flight and {quota} are allowed",
+                remedy="Wait for one to end, or cancel one",
+            )
+
+    def _lock_tenant(self, connection: Connection, tenant: str) -> None:
+        """One submission of a tenant at a time; SQLite's write lock does the same there."""
+        if not self.sqlite:
+            key = sa.func.hashtext(sa.cast(tenant, sa.Text))
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_TENANT_LOCKS, key)))
 
     def reject(
         self, spec: JobSpec, error: LlamaHomeError, *, kind: str, submission_id: str
@@ -130,143 +139,6 @@ class Jobs(Transitions):
             )
             .returning(job)
         ).one()
-
-    def _by_submission(
-        self, connection: Connection, tenant: str, submission_id: str
-    ) -> Row[Any] | None:
-        return connection.execute(
-            sa.select(job).where(job.c.tenant == tenant, job.c.submission_id == submission_id)
-        ).one_or_none()
-
-    def job(self, job_id: str, tenant: str | None = None) -> Job:
-        """One job, with its place in the training queue while it waits there.
-
-        Raises NotFound; another tenant's job is not found either.
-        """
-
-        def work(connection: Connection) -> Job:
-            view = job_view(self._visible(connection, job_id, tenant))
-            if view.state is JobState.queued:
-                place = self._queue_position(connection, job_id)
-                return view.model_copy(update={"queue_position": place})
-            return view
-
-        return self._read(work)
-
-    def _visible(self, connection: Connection, job_id: str, tenant: str | None) -> Row[Any]:
-        row = connection.execute(sa.select(job).where(job.c.id == job_id)).one_or_none()
-        if row is None or (tenant is not None and row.tenant != tenant):
-            raise NotFound(
-                f"Could not find fine tune: {job_id}", code="fine_tune_not_found",
-                remedy="`llamahome jobs` lists the jobs there are",
-            )  # fmt: skip
-        return row
-
-    def _queue_position(self, connection: Connection, job_id: str) -> int | None:
-        """1 is next. Counted over the training runs that are ready, in claim order."""
-        waiting = connection.execute(
-            sa.select(run.c.job_id)
-            .where(run.c.stage == Stage.training, run.c.state == RunState.ready)
-            .order_by(*claim_order(Stage.training))
-        ).scalars()
-        return next((n for n, waiting_id in enumerate(waiting, 1) if waiting_id == job_id), None)
-
-    def job_by_submission(self, tenant: str, submission_id: str) -> Job | None:
-        row = self._read(lambda connection: self._by_submission(connection, tenant, submission_id))
-        return job_view(row) if row is not None else None
-
-    def jobs(
-        self,
-        tenant: str | None,
-        *,
-        after: str | None = None,
-        limit: int = 20,
-        metadata: Mapping[str, str] | None = None,
-        without_metadata: bool = False,
-        submission_id: str | None = None,
-    ) -> tuple[list[Job], bool]:
-        """A page, newest first, and whether there is more. ``after`` is the last page's last id."""
-
-        def work(connection: Connection) -> tuple[list[Job], bool]:
-            query = sa.select(job).order_by(job.c.created_at.desc(), job.c.id.desc())
-            if tenant is not None:
-                query = query.where(job.c.tenant == tenant)
-            if submission_id is not None:
-                query = query.where(job.c.submission_id == submission_id)
-            for key, value in (metadata or {}).items():
-                query = query.where(self._has_metadata(key, value))
-            if without_metadata:
-                query = query.where(sa.cast(job.c.metadata, sa.Text) == "{}")
-            if after is not None:
-                last = self._visible(connection, after, tenant)
-                query = query.where(
-                    sa.tuple_(job.c.created_at, job.c.id) < sa.tuple_(last.created_at, last.id)
-                )
-            rows = connection.execute(query.limit(limit + 1)).all()
-            return [job_view(row) for row in rows[:limit]], len(rows) > limit
-
-        return self._read(work)
-
-    def _has_metadata(self, key: str, value: str) -> sa.ColumnElement[bool]:
-        """By key and value, not by a JSON path: SQLite's paths cannot name every key."""
-        if not self.sqlite:
-            return sa.cast(job.c.metadata, postgresql.JSONB).contains({key: value})
-        pairs = sa.func.json_each(job.c.metadata).table_valued("key", "value")
-        return sa.exists().where(pairs.c.key == key, pairs.c.value == value)
-
-    def active_jobs(self, tenant: str) -> int:
-        """How many of the tenant's jobs have not ended."""
-        query = sa.select(sa.func.count()).where(
-            job.c.tenant == tenant, job.c.state.not_in(TERMINAL_JOB_STATES)
-        )
-        return self._read(lambda connection: int(connection.execute(query).scalar_one()))
-
-    def runs(self, job_id: str) -> list[Run]:
-        """The job's runs in pipeline order, each with its attempts."""
-
-        def work(connection: Connection) -> list[Run]:
-            rows = connection.execute(sa.select(run).where(run.c.job_id == job_id)).all()
-            tries: dict[str, list[Row[Any]]] = {}
-            of_job = sa.select(run.c.id).where(run.c.job_id == job_id)
-            for row in connection.execute(
-                sa.select(attempt).where(attempt.c.run_id.in_(of_job)).order_by(attempt.c.fence)
-            ):
-                tries.setdefault(row.run_id, []).append(row)
-            return [run_view(row, tries.get(row.id, ())) for row in rows]
-
-        return in_order(self._read(work))
-
-    def outputs(self, job_id: str) -> list[RunOutput]:
-        """What the job's finished runs have handed on, in pipeline order."""
-        query = sa.select(run).where(run.c.job_id == job_id, run.c.state == RunState.done)
-        rows = self._read(lambda connection: connection.execute(query).all())
-        return in_order(output_view(row) for row in rows)
-
-    def events(
-        self,
-        job_id: str,
-        *,
-        after: int | None = None,
-        limit: int = 1000,
-        newest_first: bool = False,
-    ) -> tuple[list[Event], bool]:
-        """A page of the job's events and whether there is more; ``after`` is a seq, exclusive."""
-        query = sa.select(event).where(event.c.job_id == job_id)
-        if after is not None:
-            query = query.where(event.c.seq < after if newest_first else event.c.seq > after)
-        query = query.order_by(event.c.seq.desc() if newest_first else event.c.seq)
-        rows = self._read(lambda connection: connection.execute(query.limit(limit + 1)).all())
-        return [event_view(row) for row in rows[:limit]], len(rows) > limit
-
-    def checkpoints(self, job_id: str) -> list[tuple[float, CheckpointRef]]:
-        """(created_at, checkpoint) of every accepted checkpoint, oldest first."""
-        query = (
-            sa.select(checkpoint)
-            .where(checkpoint.c.job_id == job_id)
-            .order_by(checkpoint.c.created_at, checkpoint.c.step)
-        )
-        rows = self._read(lambda connection: connection.execute(query).all())
-        return [(row.created_at, CheckpointRef.model_validate(row.ref)) for row in rows]
 
     def cancel(self, job_id: str, tenant: str | None = None) -> Job:
         """End the job now; whoever works on it learns so at its next renewal.

@@ -23,10 +23,11 @@ class Migrations(Backend):
         """Create or migrate the schema; a no-op when current. Safe to run in several processes."""
 
         def work(connection: Connection) -> None:
-            if not self.sqlite:
-                # Held until the transaction ends; SQLite's write lock does the same there.
-                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(720104261)")
-            command.upgrade(_config(connection), "head")
+            with self._unhurried(connection):
+                if not self.sqlite:
+                    # Held until the transaction ends; SQLite's write lock does the same there.
+                    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(720104261)")
+                command.upgrade(_config(connection), "head")
 
         self._write(work)
 

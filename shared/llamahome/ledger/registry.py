@@ -173,7 +173,7 @@ class Registry(Backend):
         metrics_port: int | None,
         info: JsonObject,
     ) -> None:
-        """Write this process's row; ``state`` is up, busy, draining or stopped."""
+        """Write this process's row; ``state`` is up, busy, draining, broken or stopped."""
 
         def work(connection: Connection) -> None:
             values = {

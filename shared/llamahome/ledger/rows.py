@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy.engine import Row
 
 from llamahome.schemas import (
     ArtifactRef,
     Attempt,
     AttemptOutcome,
+    BaseRef,
     Event,
+    FileRef,
     Job,
     JobError,
     JobSpec,
@@ -32,7 +35,7 @@ def job_view(row: Row[Any]) -> Job:
         tenant=row.tenant,
         kind=row.kind,
         submission_id=row.submission_id,
-        spec=JobSpec.model_validate(row.spec),
+        spec=_spec(row),
         state=JobState(row.state),
         cancel_requested=row.cancel_requested,
         pause_requested=row.pause_requested,
@@ -44,6 +47,24 @@ def job_view(row: Row[Any]) -> Job:
         result=row.result or {},
         retry_of=row.retry_of,
     )
+
+
+def _spec(row: Row[Any]) -> JobSpec:
+    """The job's spec, or a stand-in: one that a newer release wrote must not hide the others.
+
+    The stand-in is that of a rejected submission: a training file without a digest.
+    """
+    try:
+        return JobSpec.model_validate(row.spec)
+    except ValidationError:
+        missing = FileRef(id="", filename="", path="", sha256="", bytes=0)
+        return JobSpec(
+            tenant=row.tenant,
+            base=BaseRef(name="unknown", path="", digest=""),
+            training_files=(missing,),
+            config={},
+            shard_bytes=1,
+        )
 
 
 def run_view(row: Row[Any], attempts: Iterable[Row[Any]]) -> Run:

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
 
-from llamahome.errors import LlamaHomeError, UserError
+from llamahome.errors import LlamaHomeError
 from llamahome.ledger import pipeline
 from llamahome.ledger.claims import Claim, Claims, fenced
-from llamahome.ledger.jobs import job_error
 from llamahome.ledger.tables import artifact, checkpoint, job, run
 from llamahome.ledger.transitions import Advanced
 from llamahome.schemas import (
@@ -28,10 +28,9 @@ from llamahome.schemas import (
     Stage,
     StageResult,
     StageTask,
+    Step,
     StopReason,
 )
-
-BACKOFF_FACTOR = 4.0
 
 
 class Runs(Claims):
@@ -72,6 +71,8 @@ class Runs(Claims):
     ) -> list[CheckpointRef]:
         """Move the resume pointer. That is progress: attempts count from zero again.
 
+        Said twice, because the answer was lost, it is one checkpoint; what the first call dropped
+        is not named again (nothing refers to those files: they are leftovers).
         With ``keep`` only so many of the run's checkpoints stay known, the newest and the best
         among them in any case. Returns those that were dropped; their files are the caller's to
         delete. Raises Fenced when another attempt holds the run.
@@ -82,10 +83,16 @@ class Runs(Claims):
             values = {"checkpoint": body, "attempts": 0, "progress_at": self.now}
             if not self._update_held(connection, claim, values):
                 raise fenced(claim)
+            insert = sqlite.insert if self.sqlite else postgresql.insert
             connection.execute(
-                sa.insert(checkpoint).values(
+                insert(checkpoint)
+                .values(
                     run_id=claim.run_id, fence=claim.fence, step=point.step,
                     job_id=claim.task.job_id, ref=body, created_at=self.now,
+                )
+                .on_conflict_do_update(
+                    index_elements=[checkpoint.c.run_id, checkpoint.c.fence, checkpoint.c.step],
+                    set_={"ref": body},
                 )
             )  # fmt: skip
             return [] if keep is None else self._drop_checkpoints(connection, claim, keep)
@@ -146,7 +153,10 @@ class Runs(Claims):
             task = claim.task
             self._append(connection, task.job_id, events, run_id=task.run_id, fence=task.fence)
             following = pipeline.following_runs(task.stage, task.step, result.next_plans)
-            self._insert_runs(connection, owner, following, self._max_attempts(connection, task))
+            if following and not self._planned(connection, task.job_id, following[0].stage):
+                self._insert_runs(
+                    connection, owner, following, self._max_attempts(connection, task)
+                )
             if task.stage is Stage.training:
                 self._succeed(connection, task.job_id, result)
             return self._advance(connection, task.job_id)
@@ -163,6 +173,13 @@ class Runs(Claims):
         messages = ("New fine-tuned model created", "The job has successfully completed")
         self._append(connection, job_id, [NewEvent(message=text) for text in messages])
 
+    def _planned(self, connection: Connection, job_id: str, stage: Stage) -> bool:
+        """Whether the stage's shards are there already: a close step may be done again."""
+        query = sa.select(run.c.id).where(
+            run.c.job_id == job_id, run.c.stage == stage, run.c.step == Step.shard
+        )
+        return connection.execute(query.limit(1)).first() is not None
+
     def _max_attempts(self, connection: Connection, task: StageTask) -> int:
         query = sa.select(run.c.max_attempts).where(run.c.id == task.run_id)
         return int(connection.execute(query).scalar_one())
@@ -171,49 +188,19 @@ class Runs(Claims):
         """Record a failed attempt and decide what follows.
 
         The user's error fails the job at once. Anything else is tried again after
-        ``retry_seconds * 4^n``, and parked (the job fails) after ``max_attempts`` without
-        progress. Returns the run's new state. Raises Fenced.
+        ``retry_seconds * 4^n`` (a minute at most), and parked (the job fails) after
+        ``max_attempts`` without progress; Unavailable does not count for an hour. Returns the
+        run's new state, ``blocked`` while its job is paused. Raises Fenced.
         """
 
         def work(connection: Connection) -> RunState:
-            owner = self._lock_job(connection, claim.task.job_id)
-            assert owner is not None
+            self._lock_job(connection, claim.task.job_id)
             held = self._held(connection, claim)
             if held is None:
                 raise fenced(claim)
-            if isinstance(error, UserError):
-                state, outcome = RunState.failed, AttemptOutcome.failed
-            elif held.attempts >= held.max_attempts:
-                state, outcome = RunState.parked, AttemptOutcome.failed
-            else:
-                state, outcome = RunState.ready, AttemptOutcome.retried
-            wait = retry_seconds * BACKOFF_FACTOR ** max(0, held.attempts - 1)
-            values = {
-                "state": state, "last_error": error.to_dict(), "lease_until": None,
-                "owner": None, "ready_at": self.now, "rung_at": None,
-                "not_before": self.now + wait if state is RunState.ready else None,
-            }  # fmt: skip
-            self._update_held(connection, claim, values)
-            self._end_attempt(connection, claim.run_id, claim.fence, outcome, error=error)
-            self._after_failure(connection, owner, state, error)
-            return state
+            return self._record_failure(connection, held, error, retry_seconds)
 
         return self._write(work)
-
-    def _after_failure(
-        self, connection: Connection, owner: Row[Any], state: RunState, error: LlamaHomeError
-    ) -> None:
-        if state is RunState.ready:
-            again = NewEvent(message=f"Will be tried again: {error}", level="warn")
-            self._append(connection, owner.id, [again])
-            self._advance(connection, owner.id)
-            return
-        reported = job_error(error)
-        if state is RunState.parked and error.code not in ("worker_lost", "internal_error"):
-            known = {"code": "internal_error", "message": f"{error.code}: {reported.message}"}
-            reported = reported.model_copy(update=known)
-        self._finish_job(connection, owner, JobState.failed, reported)
-        self._append(connection, owner.id, [NewEvent(message=str(error), level="error")])
 
     def release(self, claim: Claim, reason: StopReason) -> None:
         """Give the run back unfinished, at no cost: it is ready again (or held, for a pause).

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection, Row
 from llamahome.errors import LlamaHomeError
 from llamahome.ledger import pipeline
 from llamahome.ledger.backend import Backend, new_id
+from llamahome.ledger.storable import storable
 from llamahome.ledger.tables import attempt, event, job, run, share
 from llamahome.schemas import (
     AttemptOutcome,
@@ -63,7 +64,7 @@ class Transitions(Backend):
         rows = [
             {
                 "job_id": job_id, "run_id": run_id, "fence": fence, "level": new.level,
-                "kind": new.kind, "message": new.message, "data": new.data,
+                "kind": new.kind, "message": storable(new.message), "data": new.data,
             }
             for new in events
         ]  # fmt: skip
@@ -107,6 +108,9 @@ class Transitions(Backend):
         ]
         place = pipeline.frontier(places)
         active = any((p.stage, p.step) == place and p.state is RunState.running for p in places)
+        ahead = any(p.state is RunState.ready and (p.stage, p.step) != place for p in places)
+        if ahead and place is not None:
+            self._hold_back(connection, job_id, place)
         if owner.pause_requested and place is not None:
             held = JobState.running if active and place[0] is Stage.training else JobState.paused
             self._set_job_state(connection, owner, held)
@@ -115,6 +119,16 @@ class Transitions(Backend):
         new = pipeline.job_state(place, active=active, started=owner.started_at is not None)
         self._set_job_state(connection, owner, new)
         return Advanced(new, None if place is None else place[0], ready)
+
+    def _hold_back(self, connection: Connection, job_id: str, place: tuple[Stage, Step]) -> None:
+        """An earlier run is to be done again: what was ready beyond it would lack an input."""
+        stage, step = place
+        connection.execute(
+            sa.update(run)
+            .where(run.c.job_id == job_id, run.c.state == RunState.ready)
+            .where(sa.or_(run.c.stage != stage, run.c.step != step))
+            .values(state=RunState.blocked)
+        )
 
     def _make_ready(self, connection: Connection, job_id: str, place: tuple[Stage, Step]) -> int:
         """Ready, and counted as rung: whoever made them so rings after the commit.
@@ -148,16 +162,18 @@ class Transitions(Backend):
             .where(job.c.id == owner.id)
             .values(state=state, finished_at=self.now, error=error.model_dump() if error else None)
         )
-        open_runs = sa.select(run.c.id).where(run.c.job_id == owner.id, run.c.state.in_(_OPEN_RUNS))
-        connection.execute(
-            sa.update(attempt)
-            .where(attempt.c.run_id.in_(open_runs), attempt.c.ended_at.is_(None))
-            .values(ended_at=self.now, outcome=AttemptOutcome.cancelled)
-        )
+        # The runs first: that waits for a claim under way, whose attempt is there to be ended then.
+        of_job = run.c.job_id == owner.id
         connection.execute(
             sa.update(run)
-            .where(run.c.job_id == owner.id, run.c.state.in_(_OPEN_RUNS))
+            .where(of_job, run.c.state.in_(_OPEN_RUNS))
             .values(state=RunState.cancelled, lease_until=None)
+        )
+        cancelled = sa.select(run.c.id).where(of_job, run.c.state == RunState.cancelled)
+        connection.execute(
+            sa.update(attempt)
+            .where(attempt.c.run_id.in_(cancelled), attempt.c.ended_at.is_(None))
+            .values(ended_at=self.now, outcome=AttemptOutcome.cancelled)
         )
 
     def _end_attempt(

@@ -12,13 +12,12 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
-
 from llamahome.config import Settings
-from llamahome.errors import InvalidData, LlamaHomeError, NotFound, QuotaExceeded, UserError
+from llamahome.errors import InvalidData, LlamaHomeError, NotFound, Unavailable, UserError
 from llamahome.ledger import Ledger
 from llamahome.queueing.doorbell import Bell
 from llamahome.queueing.models import Start, effective_config, resolve_start
+from llamahome.queueing.uris import is_allowed, open_uri
 from llamahome.schemas import BaseRef, FileRef, Job, JobSpec, Stage, StoredFile
 from llamahome.storage import Storage, layout
 
@@ -67,6 +66,7 @@ class Admission:
             kind=kind,
             submission_id=submission_id,
             max_attempts=self._settings.max_attempts,
+            quota=self._settings.quota_active_jobs,
         )
         if created:
             self._bell.ring(Stage.validation, count=self._shards(spec))
@@ -102,12 +102,18 @@ class Admission:
         limit = self._settings.max_file_bytes
         with contextlib.ExitStack() as stack:
             source = stream
-            if stream.seekable():
-                digest, size = _hash(stream, limit, filename)
-            else:
-                source = stack.enter_context(tempfile.TemporaryFile(dir=self._scratch()))
-                digest, size = _hash(stream, limit, filename, copy=source)
-            source.seek(0)
+            try:
+                if stream.seekable():
+                    digest, size = _hash(stream, limit, filename)
+                else:
+                    source = stack.enter_context(tempfile.TemporaryFile(dir=self._scratch()))
+                    digest, size = _hash(stream, limit, filename, copy=source)
+                source.seek(0)
+            except OSError as error:
+                raise Unavailable(
+                    f"{filename} cannot be kept for now: {error.strerror or error}",
+                    remedy="Free space in the scratch or temporary folder",
+                ) from error
             path = layout.upload_path(tenant, digest)
             self._storage.put(path, source)
         return self._ledger.add_file(
@@ -130,7 +136,7 @@ class Admission:
     def retry(self, job_id: str, tenant: str) -> Job:
         """A new job like an ended one; what that one finished is not done again.
 
-        Raises NotFound, or InvalidState from the ledger's own rules.
+        Raises NotFound, a UserError for a job that cannot be retried, QuotaExceeded.
         """
         old = self._ledger.job(job_id, tenant)
         if not old.state.terminal:
@@ -138,14 +144,17 @@ class Admission:
                 f"job {job_id} is {old.state}", code="invalid_job_state",
                 remedy="Wait for it to end, or cancel it",
             )  # fmt: skip
-        self._check_quota(tenant)
         if not old.spec.training_files[0].sha256:
             raise UserError(
                 f"job {job_id} was rejected before it began: {old.error and old.error.message}",
                 code="invalid_job_state", remedy="Submit it again, corrected",
             )  # fmt: skip
         job, _ = self._ledger.submit(
-            old.spec, kind=old.kind, retry_of=old.id, max_attempts=self._settings.max_attempts
+            old.spec,
+            kind=old.kind,
+            retry_of=old.id,
+            max_attempts=self._settings.max_attempts,
+            quota=self._settings.quota_active_jobs,
         )
         self._bell.ring(Stage.validation, count=self._shards(old.spec))
         return job
@@ -191,29 +200,22 @@ class Admission:
 
     def _fetch_uri(self, tenant: str, uri: str, field: str) -> StoredFile:
         """Copy an allow-listed object to our own storage, where it can no longer change."""
-        allowed = self._settings.uri_allowlist
-        # A normalised path must stay below the prefix, so ".." is refused rather than resolved.
-        if ".." in uri.split("/") or not any(uri.startswith(prefix) for prefix in allowed):
+        if not is_allowed(uri, self._settings.uri_allowlist):
             raise UserError(
-                f"{uri} is not below an allowed prefix", code="uri_not_allowed", field=field,
+                f"{uri} is not below an allowed folder", code="uri_not_allowed", field=field,
                 remedy="Upload the file and give its id, or have the operator extend "
                 "LLAMAHOME_URI_ALLOWLIST",
             )  # fmt: skip
-        try:
-            with fsspec.open(uri, "rb") as stream:
-                return self.store_upload(
-                    tenant, filename=uri.rsplit("/", 1)[-1], purpose=FINE_TUNE, stream=stream
-                )
-        except FileNotFoundError:
-            raise NotFound(f"no such file: {uri}", code="file_not_found", field=field) from None
+        with open_uri(uri, field) as stream:
+            return self.store_upload(
+                tenant, filename=uri.rsplit("/", 1)[-1], purpose=FINE_TUNE, stream=stream
+            )
 
     def _check_quota(self, tenant: str) -> None:
+        """Early, before anything is copied; what counts is the check that accepts the job."""
         quota = self._settings.quota_active_jobs
-        if quota is not None and (active := self._ledger.active_jobs(tenant)) >= quota:
-            raise QuotaExceeded(
-                f"{active} jobs are in flight and {quota} are allowed",
-                remedy="Wait for one to end, or cancel one",
-            )
+        if quota is not None:
+            self._ledger.check_quota(tenant, quota)
 
     def _shards(self, spec: JobSpec) -> int:
         files = (*spec.training_files, *spec.validation_files)

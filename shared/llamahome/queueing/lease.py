@@ -22,7 +22,9 @@ _LOG = structlog.get_logger(__name__)
 class LeaseKeeper:
     """Renews a claim every third of its lease, and at most once a second when there is news.
 
-    Time is this process's monotonic clock: no step of the wall clock can make a lease look valid.
+    A renewal that failed is tried again a second later, whatever the reason was; until one
+    succeeds the lease grows old, and the attempt is told to stop before it ends. Time is this
+    process's monotonic clock: no step of the wall clock can make a lease look valid.
     """
 
     def __init__(self, ledger: Ledger, claim: Claim) -> None:
@@ -33,6 +35,7 @@ class LeaseKeeper:
         self._events: list[NewEvent] = []
         self._reason: StopReason | None = None
         self._done = False
+        self._behind = False
         self._renewed_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
@@ -103,7 +106,7 @@ class LeaseKeeper:
         return min(FLUSH_SECONDS, self._claim.lease_seconds / 3)
 
     def _due(self) -> bool:
-        return self._done or self._progress is not None or bool(self._events)
+        return self._done or self._behind or self._progress is not None or bool(self._events)
 
     def _renew(self, progress: JsonObject | None, events: list[NewEvent]) -> None:
         began = time.monotonic()
@@ -112,11 +115,19 @@ class LeaseKeeper:
         except Unavailable as error:
             _LOG.warning("lease not renewed", error=str(error))
             with self._condition:
+                self._behind = True
                 self._events[:0] = events
                 if self._progress is None:
                     self._progress = progress
             return
+        except Exception:
+            # The news may be what cannot be written, and the lease matters more: they are let go.
+            _LOG.exception("lease not renewed; the news with it are lost", events=len(events))
+            with self._condition:
+                self._behind = True
+            return
         with self._condition:
+            self._behind = False
             self._renewed_at = began
             if reason is not None:
                 self._reason = reason

@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from types import TracebackType
@@ -29,7 +30,8 @@ _LOG = structlog.get_logger(__name__)
 class Presence:
     """Heartbeats every ``heartbeat_seconds`` while entered; says ``stopped`` on leaving.
 
-    ``slots`` is how many runs this process can hold at once (0 for one that holds none). With
+    ``slots`` is how many runs this process can hold at once (0 for one that holds none). While
+    ``check`` raises Unavailable it shows itself as ``broken``, with no slots and the reason. With
     ``fixed_port`` a taken metrics port raises Unavailable; otherwise any free one is used then.
     """
 
@@ -44,6 +46,7 @@ class Presence:
         pages: dict[str, Page] | None = None,
         collectors: tuple[Collector, ...] = (),
         fixed_port: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.id = f"{role}-{settings.host}-{os.getpid()}-{secrets.token_hex(2)}"
         self._ledger = ledger
@@ -52,6 +55,8 @@ class Presence:
         self._slots = slots
         self._info = info or {}
         self._state = "up"
+        self._check = check
+        self._broken: str | None = None
         self._version = version("llamahome")
         self._changed = threading.Event()
         self._ended = False
@@ -95,11 +100,11 @@ class Presence:
         self._changed.set()
         self._thread.join()
         self._stack.close()
-        self._state = "stopped"
+        self._state, self._check, self._broken = "stopped", None, None
         self._beat()
 
     def state(self, state: str) -> None:
-        """Say up, busy or draining; written at once."""
+        """Say up, busy or draining; written at once. ``broken`` is found by ``check`` alone."""
         if state != self._state:
             self._state = state
             self._changed.set()
@@ -116,18 +121,35 @@ class Presence:
             if not self._ended:
                 self._beat()
 
+    def _look(self) -> None:
+        """Whether this process can work at all, now."""
+        if self._check is None:
+            return
+        try:
+            self._check()
+        except Unavailable as error:
+            if self._broken is None:
+                _LOG.error("this process cannot work", error=str(error))
+            self._broken = str(error)
+            return
+        if self._broken is not None:
+            _LOG.info("this process can work again")
+        self._broken = None
+
     def _beat(self) -> None:
+        self._look()
+        broken = self._broken is not None
         try:
             self._ledger.heartbeat(
                 self.id,
                 role=self._role,
                 host=self._settings.host,
                 pid=os.getpid(),
-                state=self._state,
+                state="broken" if broken else self._state,
                 version=self._version,
-                slots=self._slots,
+                slots=0 if broken else self._slots,
                 metrics_port=self.metrics_port,
-                info=self._info,
+                info=self._info | ({"broken": self._broken} if broken else {}),
             )
         except Unavailable as error:
             # A missed heartbeat shows as a lost process; the next one mends it.

@@ -8,6 +8,7 @@ takes hours.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from llamahome.ledger import Ledger
 from llamahome.metrics import MetricsServer, process_registry
 from llamahome.queueing.names import ring_task, stage_queues
 from llamahome.queueing.presence import Presence, ProcessInfo
+from llamahome.queueing.scratch import UNUSABLE, Scratch
 from llamahome.schemas import Doorbell, Stage, StageFunction, StageKey
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 TASKS_PER_CHILD = 100
 SOFT_SHUTDOWN_SECONDS = 5.0
+# Meanwhile another worker hears the next doorbell; this one looks whether it can work again.
+PASS_ON_SECONDS = 5.0
 _LOG = structlog.get_logger(__name__)
 
 
@@ -37,8 +41,15 @@ class _Child:
 
     def __init__(self) -> None:
         self.work: Callable[[], int] | None = None
+        self.ring: Callable[[], None] | None = None
         self.close: Callable[[], None] | None = None
         self.set_state: Callable[[str], None] | None = None
+
+    def pass_on(self) -> None:
+        """Give a doorbell that cannot be answered here to whoever listens next, in a while."""
+        assert self.ring is not None, "the pool child was not started"
+        time.sleep(PASS_ON_SECONDS)
+        self.ring()
 
 
 def serve(
@@ -94,7 +105,10 @@ def remap_sigterm() -> None:
 
 
 def run_worker(app: Celery, queues: tuple[str, ...], concurrency: int, *options: str) -> int:
-    """``celery worker`` on these queues, with everything off that the ledger does better."""
+    """``celery worker`` on these queues, with everything off that the ledger does better.
+
+    Returns the exit code: 0 only where somebody asked the worker to end.
+    """
     argv = [
         "--quiet", "worker", "--pool=prefork", f"--concurrency={concurrency}",
         f"--queues={','.join(queues)}", "--without-gossip", "--without-mingle",
@@ -104,12 +118,19 @@ def run_worker(app: Celery, queues: tuple[str, ...], concurrency: int, *options:
         app.worker_main(argv)
     except SystemExit as ended:
         return _exit_code(ended.code)
-    return 0
+    return _exit_code(0)
 
 
 def _exit_code(code: object) -> int:
-    # celery ends a cold shutdown, which is our orderly one, with EX_FAILURE.
-    return 0 if code in (None, 0, 1) else 1
+    from celery.worker import state
+
+    # The signal handlers set one of them; celery itself ends a cold shutdown, which is our orderly
+    # one, and a crash of its loop with the same EX_FAILURE.
+    asked = any(flag not in (None, False) for flag in (state.should_stop, state.should_terminate))
+    if asked and code in (None, 0, 1):
+        return 0
+    _LOG.error("the worker's loop ended by itself; its reason stands above", code=str(code))
+    return 1
 
 
 def _register_ring(app: Celery, stage: Stage, child: _Child) -> None:
@@ -125,6 +146,8 @@ def _register_ring(app: Celery, stage: Stage, child: _Child) -> None:
         except Unavailable as error:
             # Losing this doorbell is harmless: the sweeper rings again once the ledger answers.
             _LOG.warning("cannot claim", error=str(error))
+            if error.code == UNUSABLE:
+                child.pass_on()
         finally:
             child.set_state("up")
 
@@ -172,8 +195,11 @@ def _start_child(
     stack.callback(ledger.close)
     info = {"main_pid": os.getppid(), "main_metrics_port": main_metrics_port}
     presence = stack.enter_context(
-        Presence(ledger, role=str(stage), settings=settings, slots=slots, info=info)
-    )
+        Presence(
+            ledger, role=str(stage), settings=settings, slots=slots, info=info,
+            check=Scratch(settings.scratch_root).check,
+        )
+    )  # fmt: skip
     bell = CeleryBell(settings)
     runner = StageRunner(
         stage,
@@ -192,6 +218,7 @@ def _start_child(
             lambda base, free: presence.inform(base=base, free_slots=free),
         )  # fmt: skip
         child.work = crowd.work
+    child.ring = partial(bell.ring, stage)
     child.set_state = presence.state
     child.close = stack.close
     # A doorbell rung while nobody was there may be gone; a worker that begins looks for itself.
