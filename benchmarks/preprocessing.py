@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +191,28 @@ def measure(name: str, folder: Path, workers: int = 1) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1",
                    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # fmt: skip
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
-    started = [
-        subprocess.Popen(
-            [*command, "--share", str(share), "--of", str(workers)], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )
-        for share in range(workers)
-    ]  # fmt: skip
+    with ExitStack() as running:
+        started = [
+            running.enter_context(
+                _running([*command, "--share", str(share), "--of", str(workers)], environment)
+            )
+            for share in range(workers)
+        ]
+        return _figures(started, name)
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The process, which does not outlive the block, however that ends."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _figures(started: list[subprocess.Popen[str]], name: str) -> dict[str, float]:
     for process in started:
         _until_ready(process, name)
     begin = time.monotonic()

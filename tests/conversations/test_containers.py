@@ -55,6 +55,30 @@ def test_several_archives_in_a_row_are_one_text(compression: str) -> None:
         assert unpacked(packed + b"\0" * 1024, compression).read() == b"one\ntwo\n"
 
 
+def skippable(content: bytes, variant: int = 0) -> bytes:
+    """A frame that a reader of Zstandard must pass over (RFC 8878, 3.1.2)."""
+    magic = (0x184D2A50 + variant).to_bytes(4, "little")
+    return magic + len(content).to_bytes(4, "little") + content
+
+
+@pytest.mark.parametrize("variant", range(16))
+def test_frames_to_pass_over_are_zstandard_too_wherever_they_stand(variant: int) -> None:
+    frame, packed = skippable(b'{"a": 1}\n', variant), zstd().compress(b"one\n")
+    assert compression_of(frame[:8]) == "zst"
+    assert unpacked(frame + packed, "zst").read() == b"one\n"
+    assert unpacked(frame + packed + frame + frame + packed, "zst").read() == b"one\none\n"
+    for nothing in (frame, frame + skippable(b""), skippable(b"", variant)):
+        assert unpacked(nothing, "zst").read() == b""
+    for cut in (4, 6, len(frame) - 1):
+        with pytest.raises(InvalidData, match="ends early"):
+            unpacked(frame[:cut], "zst").read()
+
+
+def test_what_only_resembles_such_a_frame_is_no_archive() -> None:
+    for head in (b"\x60\x2a\x4d\x18", b"\x4f\x2a\x4d\x18", b"\x50\x2a\x4d", b"P*M\x19", b""):
+        assert compression_of(head) is None
+
+
 @BOTH
 def test_a_broken_archive_is_refused_as_a_whole(compression: str) -> None:
     packed = pack(bytes(range(256)) * 500, compression)

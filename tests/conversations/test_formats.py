@@ -166,6 +166,10 @@ def test_tools_that_are_wrapped_already_stay_as_they_are() -> None:
         ({"conversations": [HUMAN, GPT], "system": 5}, "invalid_content", None),
         ({"conversations": [{"from": "system", "value": "a"}, HUMAN, GPT], "system": "b"},
          "system_not_first", 1),
+        # A system column is message 0 in all that is said of the messages.
+        ({"conversations": [HUMAN, "Hi"], "system": "b"}, "invalid_message", 2),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": 5}], "system": "b"},
+         "invalid_content", 2),
     ],
 )  # fmt: skip
 def test_a_bad_sharegpt_row_says_why(row: Any, code: str, index: int | None) -> None:

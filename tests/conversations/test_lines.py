@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from llamahome.conversations import Limits, foreign_format, lines_of_range, parse_row
+from llamahome.conversations import Limits, foreign_format, lines, lines_of_range, parse_row
 from llamahome.schemas import Rejected
 
 
@@ -64,6 +64,22 @@ def test_a_line_of_exactly_the_limit_is_read_and_one_byte_more_is_not(ending: by
             assert found == [None]
         else:
             assert found == [b"x" * 10 if fits else None, b"next"]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64])
+def test_a_line_of_many_chunks_is_read_as_in_one(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    def read() -> list[list[tuple[bytes | None, int]]]:
+        return [
+            list(lines_of_range(io.BytesIO(FILE), 0, len(FILE), max_line_bytes=limit))
+            for limit in (5, 50, 1000)
+        ]
+
+    whole = read()
+    monkeypatch.setattr(lines, "_BEYOND_BYTES", chunk_bytes)
+    monkeypatch.setattr(lines, "_CHUNK_BYTES", chunk_bytes)
+    assert read() == whole
 
 
 class CountingStream(io.BytesIO):

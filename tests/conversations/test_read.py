@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,21 @@ def test_parquet_rows_are_read_in_order(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InvalidData, match="cannot be read as Parquet"):
         found_in(path)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_rows_that_are_long_lists_are_no_array(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "rows"
+    turns = [{"role": "user", "content": "x" * 200_000}, {"role": "assistant", "content": "y"}]
+    path.write_bytes(pack(b"\n".join([json.dumps(turns).encode()] * 3)))
+    with path.open("rb") as stream:
+        assert examine(stream, filename="rows", limits=Limits()).layout == "jsonl"
+    rows = [found for _, found in read_conversations(path)]
+    assert [(found.line, found.code) for found in rows if isinstance(found, Rejected)] == [
+        (1, "not_an_object"), (2, "not_an_object"), (3, "not_an_object")
+    ]  # fmt: skip
 
 
 DATA = os.environ.get("LLAMAHOME_TEST_DATA")

@@ -212,12 +212,30 @@ def test_a_bad_message_is_refused_with_its_index(message: Any, code: str) -> Non
         ({"tool_calls": [{"function": {"arguments": {}}}]}, "invalid_tool_calls"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}, "invalid_tool_calls"),
         ({"reasoning_content": 5}, "invalid_content"),
+        ({"reasoning_content": "x", "thinking": 5}, "invalid_content"),
+        ({"reasoning_content": "x", "thinking": "y"}, "ambiguous_reasoning"),
+        ({"reasoning_content": "x", "reasoning": "x "}, "ambiguous_reasoning"),
+        ({"reasoning_content": "x", "thinking": "x", "reasoning": "y"}, "ambiguous_reasoning"),
         ({"content": None, "tool_calls": []}, "invalid_content"),
         ({"content": "\u200b"}, "empty_content"),
     ],
 )
 def test_a_bad_answer_is_refused_with_its_index(extra: dict[str, Any], code: str) -> None:
     assert refusal(with_last({**ANSWER, **extra})) == (code, 1)
+
+
+def test_reasoning_under_two_keys_must_agree_and_empty_text_is_none() -> None:
+    one = parsed(with_last({**ANSWER, "reasoning_content": "so"}))
+    for keys in (
+        {"thinking": "so"}, {"reasoning_content": "so", "thinking": "so"},
+        {"reasoning_content": "", "thinking": "so"}, {"reasoning_content": None, "reasoning": "so"},
+        {"reasoning": "so", "thinking": "so", "reasoning_content": "so"},
+    ):  # fmt: skip
+        assert parsed(with_last({**ANSWER, **keys})) == one
+    assert parsed(with_last({**ANSWER, "reasoning_content": "", "thinking": ""})) == parsed(GOOD)
+    found = parse(dump(with_last({**ANSWER, "thinking": "a", "reasoning_content": "b"})))
+    assert isinstance(found, Rejected)
+    assert found.reason == "message 1: reasoning_content and thinking differ"
 
 
 @pytest.mark.parametrize(

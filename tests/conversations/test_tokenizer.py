@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from llamahome.conversations.base_files import tokenizer_files
 from llamahome.conversations.chat import ChatBase
 from llamahome.conversations.conversation import Conversation
 from llamahome.conversations.masks import Dropped
-from llamahome.conversations.tokenizer import ChatTokenizer, tokenizer_files
+from llamahome.conversations.tokenizer import ChatTokenizer
 from llamahome.errors import InvalidConfig, NotFound
 from support.bases import write_base
 
@@ -45,7 +46,7 @@ def test_the_template_file_beats_the_one_in_the_configuration(
     base = ChatBase.load(folder)
     assert base.template_source == "from the file"
     assert base.tokenizer.named == {"bos_token": "?", "eos_token": "</s>"}
-    assert [path.name for path in tokenizer_files(folder)] == [
+    assert [*tokenizer_files(folder)] == [
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     ]  # fmt: skip
 

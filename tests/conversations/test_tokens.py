@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llamahome.conversations.tokens import TokenRow, read_token_rows, write_token_rows
+from llamahome.conversations.tokens import (
+    TokenRow,
+    TokenRowsWriter,
+    read_token_rows,
+    write_token_rows,
+)
 from llamahome.errors import CorruptArtifact
 
 
@@ -78,6 +87,57 @@ def test_ids_and_trained_must_have_one_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(3,\), trained \(2,\)"):
         write_token_rows(tmp_path / "t", [row])
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file grows beyond ``size`` bytes: what a full disk is to one who writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Buffers are 1 MiB: of few tokens none is written before the end, of many some are.
+@pytest.mark.parametrize("lengths", [[700], [700_000]])
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 0.99])
+def test_on_a_full_disk_nothing_torn_stays(
+    tmp_path: Path, lengths: list[int], share: float
+) -> None:
+    rows = rows_of(lengths)
+    write_token_rows(tmp_path / "t", rows)
+    size = (tmp_path / "t").stat().st_size
+    (tmp_path / "t").unlink()
+    with (
+        files_up_to(int(size * share)),
+        pytest.raises(OSError, match=f"Errno {errno.EFBIG}"),
+    ):
+        write_token_rows(tmp_path / "t", rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_that_ended_the_writing_is_seen_and_not_that_of_a_full_disk(
+    tmp_path: Path,
+) -> None:
+    def failing() -> None:
+        with TokenRowsWriter(tmp_path / "t") as writer:
+            for row in rows_of([70_000]):
+                writer.add(row)
+            raise KeyError("mine")
+
+    with files_up_to(100), pytest.raises(KeyError, match="mine"):
+        failing()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stood_there_stays_where_the_rows_end_early(tmp_path: Path) -> None:
+    write_token_rows(tmp_path / "t", rows_of([3]))
+    before = (tmp_path / "t").read_bytes()
+    with pytest.raises(ValueError, match="shape"):
+        write_token_rows(tmp_path / "t", [TokenRow(np.zeros(3, np.int32), np.zeros(2, np.bool_))])
+    assert (tmp_path / "t").read_bytes() == before
 
 
 def test_many_tokens_are_packed_across_chunks(tmp_path: Path) -> None:

@@ -184,6 +184,25 @@ def long_row(answer_words: int, question_words: int = 1) -> bytes:
     ]}).encode()  # fmt: skip
 
 
+def test_validation_rows_that_become_the_tokens_of_training_rows_are_counted_and_said(
+    storage: Storage, base: Path, tmp_path: Path
+) -> None:
+    def named(number: int, name: str) -> bytes:
+        body = json.loads(row(number))
+        body["messages"][0]["name"] = name  # which the template does not write
+        return json.dumps(body).encode()
+
+    file = upload_rows(storage, [named(n % 10, f"user{n}") for n in range(40)])
+    held = upload_rows(storage, [named(n, "other") for n in range(5, 15)])
+    for training, validation, leaked in (([file], [held], 5), ([held], [], 0)):
+        events: list[NewEvent] = []
+        spec = job_spec(training, validation, base=base)
+        report = report_of(prepare(spec, storage, tmp_path, events), storage, tmp_path)
+        assert report.validation.rows
+        assert report.leaked == leaked
+        assert any("become the same tokens" in event.message for event in events) == bool(leaked)
+
+
 def test_long_rows_are_cut_or_dropped_and_counted(
     storage: Storage, base: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamahome.conversations import Limits
+from llamahome.conversations import Limits, read_conversations
 from llamahome.errors import InvalidConfig, InvalidData, NotFound
 from llamahome.schemas import FileCounts, Rejected, ValidationReport
 from llamahome.validation import report_page, validate_files
@@ -86,10 +86,32 @@ def test_a_file_that_is_not_there_or_broken_is_named(tmp_path: Path) -> None:
         validate_files([broken])
 
 
+def test_a_name_that_is_not_utf_8_is_refused_for_no_report_could_hold_it(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jsonl"))
+    write(path, BAD)
+    with pytest.raises(InvalidData, match="not UTF-8") as caught:
+        validate_files([path])
+    assert caught.value.place.file == r"bad\xff.jsonl"
+    with pytest.raises(InvalidData, match="not UTF-8"):
+        list(read_conversations(path))
+
+
 def test_no_files_and_empty_files_are_a_report_of_nothing(tmp_path: Path) -> None:
     assert validate_files([]).total == 0
     report = validate_files([write(tmp_path / "empty.jsonl")])
     assert (report.total, report.valid, report.duplicates) == (0, 0, 0)
+
+
+def test_zstandard_that_starts_with_a_frame_to_pass_over_is_read(tmp_path: Path) -> None:
+    zstd = pytest.importorskip("backports.zstd", reason="the extra fleet brings backports.zstd")
+    frame = b"\x5a\x2a\x4d\x18\x03\x00\x00\x00abc"
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(frame + zstd.compress(row(1) + b"\n"))
+    [counts] = validate_files([path]).files
+    assert (counts.valid, counts.total, counts.container) == (1, 1, "jsonl.zst")
+    path.write_bytes(frame)
+    [counts] = validate_files([path]).files
+    assert (counts.total, counts.blank, counts.container) == (0, 0, "jsonl.zst")
 
 
 def test_the_page_has_every_number_and_shows_foreign_text_as_text() -> None:

@@ -7,39 +7,65 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
+from llamahome.conversations.base_files import (
+    invalid,
+    read_bytes,
+    read_object,
+    tokenizer_files,
+)
 from llamahome.conversations.bytelevel import NotByteLevel
 from llamahome.conversations.chat import ChatBase
 from llamahome.conversations.fastpath import FastChat
 from llamahome.conversations.markers import MarkerIds
 from llamahome.conversations.proof import unproven
 from llamahome.conversations.shaped import ShapedChat
-from llamahome.conversations.tokenizer import tokenizer_files
-from llamahome.errors import InvalidConfig
 from llamahome.schemas import StageTask
 
 _MODEL_CONFIG = "config.json"
+# So many dates of one base are kept: jobs of yesterday run beside those of today.
+_DATES = 2
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+Fast = tuple[FastChat | ShapedChat | None, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoadedBase:
     """``vocabulary`` is the model's number of embeddings, None where its config does not say.
 
-    ``markers`` are the marker tokens' ids where the job's template is ``markers``.
+    ``files`` are the tokenizer's, by their names below the base's folder; ``markers`` the marker
+    tokens' ids where the job's template is ``markers``.
     """
 
     chat: ChatBase
-    files: tuple[Path, ...]
+    files: Mapping[str, Path]
     files_digest: str
     vocabulary: int | None
+    # Kept here, so that nothing of a base is held for longer than the base itself.
+    _proven: dict[str, Fast] = dataclasses.field(default_factory=dict, init=False)
+    _dated: dict[str, LoadedBase] = dataclasses.field(default_factory=dict, init=False)
 
-    def fast(self, loss_scope: str) -> tuple[FastChat | ShapedChat | None, str]:
+    def fast(self, loss_scope: str) -> Fast:
         """The fastest path that was proven for this base and scope, None for the template row by
         row; and why it is no faster one.
         """
-        return _fast(self.chat, loss_scope)
+        if loss_scope not in self._proven:
+            self._proven[loss_scope] = _prove(self.chat, loss_scope)
+        return self._proven[loss_scope]
+
+    def on(self, today: str | None) -> LoadedBase:
+        """This base with the date of a plan; it is the same where the template asks for none."""
+        if today is None or not self.chat.uses_clock:
+            return self
+        if today not in self._dated:
+            while len(self._dated) >= _DATES:
+                del self._dated[next(iter(self._dated))]
+            chat = ChatBase(self.chat.tokenizer, today=datetime.datetime.fromisoformat(today))
+            self._dated[today] = dataclasses.replace(self, chat=chat)
+        return self._dated[today]
 
     @property
     def markers(self) -> MarkerIds | None:
@@ -58,9 +84,10 @@ def load_base(task: StageTask) -> LoadedBase:
     """The job's base, with the date of its plan. Raises NotFound, InvalidConfig."""
     folder = Path(task.spec.base.path)
     # A file that was replaced has another time or size, and is read again.
-    state = tuple((path, *_identity(path)) for path in tokenizer_files(folder))
+    paths = [*tokenizer_files(folder).values(), folder / _MODEL_CONFIG]
+    state = tuple((path, *_identity(path)) for path in paths if path.is_file())
     markers = task.spec.config["template"] == "markers"
-    return _load(folder, state, task.plan.get("today"), markers)
+    return _load(folder, state, markers).on(task.plan.get("today"))
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -69,15 +96,12 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(
-    folder: Path, state: tuple[tuple[Path, int, int], ...], today: str | None, markers: bool
-) -> LoadedBase:
-    day = datetime.datetime.fromisoformat(today) if today else None
-    files = tuple(path for path, _, _ in state)
+def _load(folder: Path, state: tuple[tuple[Path, int, int], ...], markers: bool) -> LoadedBase:
+    files = tokenizer_files(folder)
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    chat = ChatBase.load(folder, today=day, markers=markers)
+    for name, path in files.items():
+        digest.update(f"{name}\0".encode() + read_bytes(path) + b"\0")
+    chat = ChatBase.load(folder, markers=markers)
     trim_heap()  # some 80 MB after a vocabulary of 128,000
     return LoadedBase(
         chat=chat,
@@ -87,8 +111,7 @@ def _load(
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _fast(chat: ChatBase, loss_scope: str) -> tuple[FastChat | ShapedChat | None, str]:
+def _prove(chat: ChatBase, loss_scope: str) -> Fast:
     reason = ""
     fast: FastChat | ShapedChat
     try:
@@ -108,13 +131,15 @@ def trim_heap() -> None:
 
 
 def _vocabulary(path: Path) -> int | None:
+    """What config.json says; models of several parts say it of their text part."""
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    except (ValueError, AttributeError) as error:
-        raise InvalidConfig(
-            f"cannot be read: {error}", code="invalid_base", file=str(path)
-        ) from None
-    return int(size) if size is not None else None
+    config, field = read_object(path), "vocab_size"
+    size, text = config.get(field), config.get("text_config")
+    if size is None and isinstance(text, dict):
+        size, field = text.get(field), f"text_config.{field}"
+    if size is None:
+        return None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise invalid(f"must be a number of tokens, not {size!r:.80}", str(path), field)
+    return size

@@ -36,6 +36,7 @@ def preparation_report(
     spec: JobSpec,
     packs: Packs | None,
     base: LoadedBase,
+    leaked: int = 0,
 ) -> PreparationReport:
     """Raises ValueError where the rows do not add up (our mistake, never the data's)."""
     kept = np.concatenate([split.training, split.validation])
@@ -49,6 +50,7 @@ def preparation_report(
         validation=_counts(rows, split.validation),
         dropped=dict(sorted(dropped.items())),
         duplicates_dropped=len(split.duplicates),
+        leaked=leaked,
         truncated_rows=int(np.count_nonzero(facts.tokens_cut)),
         truncated_tokens=int(np.sum(facts.tokens_cut)),
         control_tokens_neutralised=int(np.sum(facts.neutralised)),
@@ -138,6 +140,11 @@ def tell(report: PreparationReport, spec: JobSpec, ports: Ports) -> None:
         ports.event(f"Tokenised without the fast path: {report.path}", data={"path": report.path})
     if report.dropped:
         ports.event("Rows dropped", level="warn", data={"dropped": report.dropped})
+    if report.leaked:
+        ports.event(
+            f"{report.leaked} validation rows become the same tokens as a training row, so the "
+            "validation loss will look better than it is", level="warn",
+        )  # fmt: skip
     if report.truncated_rows:
         ports.event(
             f"{report.truncated_rows} rows cut to {spec.config['max_length']} tokens, "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llamahome.conversations import Limits, Record, batches, examine, records, shown_raw
 from llamahome.conversations.checker import Checked, RowChecker
-from llamahome.conversations.read import unreadable
+from llamahome.conversations.read import checked_name, unreadable
 from llamahome.schemas import FileCounts, Rejected, ValidationReport
 from llamahome.validation.duplicates import Rows, compare
 
@@ -32,13 +32,14 @@ def validate_files(
     """The report of the files, as the validation stage would make it; thresholds are not applied.
 
     Rows of ``validation_files`` that also stand in ``files`` are counted as leaked. Memory: 40
-    bytes a row. Raises NotFound, InvalidData (a file that cannot be read), InvalidConfig (an
-    unknown format, a missing extra).
+    bytes a row. Raises NotFound, InvalidData (a file that cannot be read, a name that is not
+    UTF-8), InvalidConfig (an unknown format, a missing extra).
     """
     paths = [*files, *validation_files]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
+    names = [checked_name(name) for name in names]
     examples: list[Rejected] = []
 
     def rejected(found: Rejected, raw: str) -> None:

@@ -1,17 +1,21 @@
 """One JSON array as a file: its elements one by one, in bounded memory.
 
 Only strings and brackets are looked at, so an element that is bad JSON inside costs no other one as
-long as its own are closed. An array without an end, or with something after it, is refused as a
-whole: a quote or bracket that is missing swallows the rows after it, and nobody can say how many.
+long as its own can be trusted (``delimiting``). Where they cannot, and where an array has no end or
+something after it, the file is refused as a whole: a quote or bracket that is missing swallows the
+rows after it, and nobody can say how many.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from llamahome.conversations.strict_json import Refused
+import msgspec
+
+from llamahome.conversations.delimiting import Delimiters
+from llamahome.conversations.strict_json import UNREADABLE, Refused
 from llamahome.errors import InvalidData
 
 _CHUNK_BYTES = 256 * 1024
@@ -35,6 +39,8 @@ _WITHIN = re.compile(_stretch(rb'"{}\[\]', 4))
 _BETWEEN = re.compile(_stretch(rb'"{}\[\],', 4))
 # What matters in such a string.
 _INSIDE = re.compile(rb'["\\]')
+# Checks the grammar and builds nothing.
+_GRAMMAR = msgspec.json.Decoder(msgspec.Raw)
 
 Element = tuple[int, bytes | Refused | None, int]
 
@@ -44,8 +50,8 @@ class ArrayReader:
 
     Iterating gives (line the element starts on, its bytes, offset after it). The bytes are None
     where there are more than ``max_bytes``, which are then never held; they are a Refused where the
-    array is broken between elements. Raises InvalidData (broken_array) at the end of one that does
-    not end where it should.
+    array is broken between elements. Raises InvalidData (broken_array) at an element whose end
+    cannot be trusted, and at the end of an array that does not end where it should.
     """
 
     def __init__(self, stream: BinaryIO, *, filename: str, max_bytes: int) -> None:
@@ -87,9 +93,9 @@ class ArrayReader:
         if self._next() is not None:
             raise self._error("something follows the end of the array")
 
-    def _error(self, what: str) -> InvalidData:
+    def _error(self, what: str, line: int | None = None) -> InvalidData:
         return InvalidData(
-            what, code="broken_array", file=self._filename, line=self._line,
+            what, code="broken_array", file=self._filename, line=line or self._line,
             remedy="Mend or export it again, or send it as JSONL: nobody can say which rows are "
             "missing",
         )  # fmt: skip
@@ -120,21 +126,40 @@ class ArrayReader:
         """The bytes up to what ends the element (a comma or a bracket), or the file's end."""
         parts: list[bytes] = []
         held, ended = 0, False
+        begin, line = self._offset + self._at, self._line
+        delimiters = None
         self._depth, self._in_string, self._escaped = 0, False, False
         while not ended:
             start = self._at
             ended, at = self._scan()
             self._move(at)
+            parts.append(self._buffer[start:at])
             held += at - start
-            if held <= self._max_bytes + _CHUNK_BYTES:
-                parts.append(self._buffer[start:at])
-            else:
+            if held > self._max_bytes + _CHUNK_BYTES:
+                delimiters = delimiters or Delimiters()
+                self._check(delimiters, parts, begin, line)
                 parts.clear()
             if not ended and not self._fill():
                 break
+        if delimiters is not None:
+            return None
         raw = b"".join(parts).rstrip(_SPACE)
-        fits = held <= self._max_bytes + _CHUNK_BYTES and len(raw) <= self._max_bytes
-        return raw if fits else None
+        if not _is_json(raw):
+            self._check(Delimiters(), [raw], begin, line)
+        return raw if len(raw) <= self._max_bytes else None
+
+    def _check(self, delimiters: Delimiters, parts: Iterable[bytes], begin: int, line: int) -> None:
+        """Whether the element that starts at byte ``begin``, on ``line``, can be told from others.
+
+        Raises InvalidData.
+        """
+        for part in parts:
+            if fault := delimiters.feed(part):
+                raise self._error(
+                    f"{fault.words}, at byte {begin + fault.offset} in an element that starts on "
+                    f"line {line}: a quote, a bracket or a comma is missing or too much",
+                    line + fault.lines,
+                )
 
     def _scan(self) -> tuple[bool, int]:
         """(the element ends here, offset in the buffer of what ends it or of the buffer's end)."""
@@ -175,6 +200,14 @@ class ArrayReader:
         else:
             return found.end() + 1
         return found.end()
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        _GRAMMAR.decode(raw)
+    except UNREADABLE:
+        return False
+    return True
 
 
 def _broken(what: str) -> Refused:

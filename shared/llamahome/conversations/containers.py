@@ -20,8 +20,12 @@ from llamahome.errors import InvalidConfig, InvalidData
 
 LINES, ARRAY, PARQUET = "jsonl", "json", "parquet"
 GZIP, ZSTD = "gz", "zst"
-# What starts an archive; the array is known by what follows the white space.
-_STARTS = ((b"\x1f\x8b", GZIP), (b"\x28\xb5\x2f\xfd", ZSTD), (b"PAR1", PARQUET))
+# What starts an archive. Zstandard may start with frames that hold no text (RFC 8878, 3.1.2).
+_STARTS = (
+    (b"\x1f\x8b", GZIP),
+    (b"\x28\xb5\x2f\xfd", ZSTD),
+    *((bytes([first]) + b"\x2a\x4d\x18", ZSTD) for first in range(0x50, 0x60)),
+)
 HEAD_BYTES = 64 * 1024
 _BOM = b"\xef\xbb\xbf"
 _READ_BYTES = 256 * 1024
@@ -33,15 +37,31 @@ MAX_UNPACKED_BYTES = 1024**4
 
 def compression_of(head: bytes) -> str | None:
     """gz, zst or None."""
-    found = next((name for start, name in _STARTS if head.startswith(start)), None)
-    return found if found in (GZIP, ZSTD) else None
+    return next((name for start, name in _STARTS if head.startswith(start)), None)
+
+
+def head_of(stream: BinaryIO, *, max_line_bytes: int) -> bytes:
+    """The first ``HEAD_BYTES`` from where ``stream`` stands. Where a bracket comes first, also the
+    rest of its line, up to ``max_line_bytes``, and what follows: it may be a row, or hold all rows.
+    """
+    head = stream.read(HEAD_BYTES)
+    text = _text_of(head)
+    if text.startswith(b"[") and b"\n" not in text:
+        head += stream.readline(max_line_bytes) + stream.read(HEAD_BYTES)
+    return head
+
+
+def _text_of(head: bytes) -> bytes:
+    return head.removeprefix(_BOM).lstrip(b" \t\r\n")
 
 
 def layout_of(head: bytes) -> str:
-    """json where the (unpacked) text is one array of objects, parquet, else jsonl."""
+    """json where the (unpacked) text is one array of objects, parquet, else jsonl. ``head`` is as
+    ``head_of`` gives it.
+    """
     if head.startswith(b"PAR1"):
         return PARQUET
-    text = head.removeprefix(_BOM).lstrip(b" \t\r\n")
+    text = _text_of(head)
     if not text.startswith(b"[") or _is_list_on_a_line(text):
         return LINES
     inside = text[1:].lstrip(b" \t\r\n")

@@ -83,8 +83,9 @@ def _sharegpt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     turns = _turns(row)
     if not isinstance(turns, list) or not turns:
         raise Refused("invalid_messages", "conversations must be a list with at least one turn")
-    found = [_sharegpt_turn(turn, index) for index, turn in enumerate(turns)]
-    return {"messages": _system(row) + found, "tools": _tools(row.get("tools")),
+    system = _system(row)  # message 0 where there is one, so that places are those of the messages
+    found = [_sharegpt_turn(turn, index) for index, turn in enumerate(turns, len(system))]
+    return {"messages": system + found, "tools": _tools(row.get("tools")),
             "functions": row.get("functions")}  # fmt: skip
 
 

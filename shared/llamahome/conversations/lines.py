@@ -39,15 +39,20 @@ def lines_of_range(
     A stream that cannot seek stands at ``start``.
     """
     position = _first_line(stream, start, end)
-    rest, dropped = b"", 0
+    # Of a line that goes on: its pieces, joined once, and the bytes held and dropped.
+    pieces: list[bytes] = []
+    held = dropped = 0
     while position < end:
-        left = end - position - len(rest) - dropped
+        left = end - position - held - dropped
         chunk = stream.read(min(_CHUNK_BYTES, max(left, _BEYOND_BYTES)))
         if not chunk:
-            if rest or dropped:
-                yield _whole(rest, dropped, max_line_bytes), position + len(rest) + dropped
+            if held or dropped:
+                yield _whole(b"".join(pieces), dropped, max_line_bytes), position + held + dropped
             return
-        lines = (rest + chunk).split(b"\n")
+        lines = chunk.split(b"\n")
+        if pieces and len(lines) > 1:
+            lines[0] = b"".join([*pieces, lines[0]])
+            pieces, held = [], 0
         rest = lines.pop()
         for line in lines:
             position += len(line) + 1 + dropped
@@ -58,9 +63,11 @@ def lines_of_range(
                 yield line, position
             if position >= end:
                 return
+        pieces.append(rest)
+        held += len(rest)
         # One more byte may be the \r of the line's end, which does not count.
-        if len(rest) > max_line_bytes + 1:
-            rest, dropped = b"", dropped + len(rest)
+        if held > max_line_bytes + 1:
+            pieces, held, dropped = [], 0, dropped + held
             if position + dropped >= end:
                 # Where it ends does not matter: no other line starts in the range.
                 yield None, position + dropped

@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from llamahome.conversations.base_files import DECODER, JsonFile, tokenizer_of
 from llamahome.errors import InvalidConfig
 from llamahome.schemas import JsonObject
 
@@ -55,17 +56,18 @@ class MarkerIds:
 
 
 def with_markers(
-    document: JsonObject,
-    config: Mapping[str, Any],
+    document: JsonFile,
+    config: JsonFile,
     complete: Callable[[Tokenizer], None],
-) -> tuple[JsonObject, JsonObject, MarkerIds]:
+) -> tuple[JsonFile, JsonFile, MarkerIds]:
     """tokenizer.json and tokenizer_config.json with the markers; a second time changes nothing.
 
     ``complete`` adds what the base's configuration declares and its tokenizer.json lacks: those
     tokens have ids before the markers. A marker that the base has already keeps its id and is a
-    special token from now on. Raises InvalidConfig where no new ids can be given.
+    special token from now on. Raises InvalidConfig where no new ids can be given, and where the
+    tokenizer cannot be read.
     """
-    tokenizer = Tokenizer.from_str(json.dumps(document))
+    tokenizer = tokenizer_of(document)
     complete(tokenizer)
     known = tokenizer.get_vocab(with_added_tokens=True)
     size = max(known.values(), default=-1) + 1
@@ -78,20 +80,24 @@ def with_markers(
     if sorted(added.values()) != list(range(size, size + len(added))):
         raise InvalidConfig(
             f"its tokenizer gives new tokens the ids {sorted(added.values())}, while its largest "
-            f"one is {size - 1}", code="invalid_base", field="template",
+            f"one is {size - 1}", code="invalid_base", file=document.file, field="template",
             remedy="Leave template at auto, which adds no token",
         )  # fmt: skip
     written = json.loads(tokenizer.to_str())
-    return written, _configured(config, written), MarkerIds(ids, added, size)
+    configured = JsonFile(config.file, _configured(config.content, written))
+    return JsonFile(document.file, written), configured, MarkerIds(ids, added, size)
 
 
 def _configured(config: Mapping[str, Any], document: JsonObject) -> JsonObject:
     """The configuration with the markers' template, and with the markers where it lists tokens."""
     found = {**config, "chat_template": MARKERS_TEMPLATE}
-    if "added_tokens_decoder" in config:
+    if DECODER in config:
+        others = {
+            id: entry for id, entry in config[DECODER].items() if entry["content"] not in MARKERS
+        }
         markers = {
             str(token["id"]): {flag: token[flag] for flag in _FLAGS}
             for token in document["added_tokens"] if token["content"] in MARKERS
         }  # fmt: skip
-        found["added_tokens_decoder"] = {**config["added_tokens_decoder"], **markers}
+        found[DECODER] = others | markers
     return found

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from llamahome.conversations.base_files import TOKENIZER_JSON, refusals
 from llamahome.conversations.masks import Encoded
-from llamahome.errors import InvalidConfig
 from llamahome.schemas import JsonObject
 
 # One word, so that what a post-processor sets around it is seen, whatever the vocabulary.
@@ -52,15 +52,10 @@ def around_text(
 
 
 def _probed(post_processor: JsonObject) -> tuple[list[int], list[int]]:
-    try:
+    with refusals("its post-processor cannot be read", TOKENIZER_JSON):
         probe = Tokenizer.from_str(json.dumps({**_PROBE, "post_processor": post_processor}))
-    except Exception as error:  # the library raises bare Exception
-        raise InvalidConfig(
-            f"its post-processor cannot be read: {error}", code="invalid_base",
-            file="tokenizer.json",
-        ) from None  # fmt: skip
-    found = probe.encode("a")
-    at = found.special_tokens_mask.index(0)
+        found = probe.encode("a")
+        at = found.special_tokens_mask.index(0)
     return found.ids[:at], found.ids[at + 1 :]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,13 @@ def read_conversations(
 
     Lines are 1-based: the line a JSON array's element starts on, a Parquet row's number. Blank
     lines give nothing. ``format`` is one of ``formats.FORMATS``; None finds it out. Raises NotFound
-    (no such file), InvalidData (not a file, not readable, a broken archive) and InvalidConfig (an
-    unknown format, a missing extra).
+    (no such file), InvalidData (not a file, not readable, a broken archive, a name that is not
+    UTF-8) and InvalidConfig (an unknown format, a missing extra).
     """
-    limits = limits or Limits()
+    limits, name = limits or Limits(), checked_name(path.name)
     try:
         with path.open("rb") as stream:
-            source = examine(stream, filename=path.name, limits=limits, format=format)
+            source = examine(stream, filename=name, limits=limits, format=format)
             found = enumerate(records(stream, source, limits), 1)
             for number, (line, record, _) in found:
                 row = parse_record(
@@ -36,6 +37,21 @@ def read_conversations(
                     yield line, row
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def checked_name(name: str) -> str:
+    """``name`` of a file as reports and messages hold it. Raises InvalidData where it is not UTF-8:
+    no JSON could.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidData(
+            "its name is not UTF-8", code="unreadable_file",
+            file=os.fsencode(name).decode("utf-8", "backslashreplace"),
+            remedy="Rename the file or the folder; a report could not name it",
+        ) from None  # fmt: skip
+    return name
 
 
 def unreadable(path: Path, error: OSError) -> NotFound | InvalidData:

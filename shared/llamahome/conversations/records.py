@@ -20,6 +20,7 @@ from llamahome.conversations.containers import (
     PARQUET,
     Unpacked,
     compression_of,
+    head_of,
     layout_of,
 )
 from llamahome.conversations.formats import FORMATS, MESSAGES, recognise
@@ -75,10 +76,11 @@ def examine(
             f"unknown format {format!r}", field="format", remedy=nearest(str(format), FORMATS)
         )
     stream.seek(0)
-    head = stream.read(HEAD_BYTES)
+    head = head_of(stream, max_line_bytes=limits.max_line_bytes)
     compression = compression_of(head)
     if compression:
-        head = _open(stream, filename, compression).read(HEAD_BYTES)
+        unpacked = _open(stream, filename, compression)
+        head = head_of(unpacked, max_line_bytes=limits.max_line_bytes)
     found = Source(filename, layout_of(head), compression, MESSAGES, foreign_format(head))
     if format in FORMATS:
         return dataclasses.replace(found, format=format)

@@ -7,6 +7,7 @@
 - content: text, or a list of text parts, which are joined. Something visible must be in it; an
   assistant turn with tool calls may do without.
 - ``weight`` 0 or 1, on assistant turns only. 0: read, but not trained.
+- reasoning of an assistant turn has three names; under two of them it must be the same.
 - keys that would change the meaning and are not read (function_call, audio, ...) are refused; other
   unknown keys are not part of the conversation.
 """
@@ -203,12 +204,16 @@ def _tool_calls(message: Mapping[str, Any], role: str) -> Sequence[JsonObject]:
 
 
 def _reasoning(message: Mapping[str, Any], role: str, limits: Limits) -> str | None:
-    key = next((key for key in _REASONING if message.get(key) is not None), None)
-    if key is None:
+    given = [key for key in _REASONING if message.get(key) is not None]
+    if given and role != "assistant":
+        raise Refused("unsupported_key", f"{given[0]} on a {role} turn")
+    # An empty text is as if it were not there.
+    texts = {key: text for key in given if (text := _text(message, key))}
+    if len(set(texts.values())) > 1:
+        raise Refused("ambiguous_reasoning", f"{' and '.join(texts)} differ")
+    if not texts:
         return None
-    if role != "assistant":
-        raise Refused("unsupported_key", f"{key} on a {role} turn")
-    text = _text(message, key)
+    key, text = next(iter(texts.items()))
     _check_shown(key, text, limits, may_be_empty=True)
     return text
 

@@ -91,8 +91,8 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise InvalidConfig(
                 f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS}",
-                field="chat_template",
-            )
+                code="invalid_base", field="chat_template",
+            )  # fmt: skip
         self.source = source
         self._variables = dict(variables or {})
         self._now = lambda: today or datetime.datetime.now()
@@ -101,10 +101,11 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self._literals = "\0".join(_literals(environment.parse(source)))
-        except jinja2.TemplateError as error:
+        # Python refuses in its own way what nests too deeply.
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise InvalidConfig(
-                f"the chat template cannot be read: {error}", field="chat_template",
-                line=getattr(error, "lineno", None),
+                f"the chat template cannot be read: {error}", code="invalid_base",
+                field="chat_template", line=getattr(error, "lineno", None),
             ) from None  # fmt: skip
         self.marks_generations: bool = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
         self.uses_clock = "strftime_now" in source

@@ -14,10 +14,12 @@ import json
 import math
 import mmap
 import shutil
+import tempfile
 from array import array
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,8 +134,9 @@ class TokenRows:
 class TokenRowsWriter:
     """Writes rows as they come, in memory that grows with the rows (24 B each), not the tokens.
 
-    Tokens wait in two files beside ``path`` until :meth:`close` knows the header. To be used in a
-    ``with`` block, which closes; after an exception nothing is left behind.
+    Tokens wait in two nameless files beside ``path`` until the header is known, at the end of the
+    ``with`` block that this is to be used in. After an exception nothing torn is left behind, and a
+    file that stood at ``path`` before is still there where the rows ended early.
     """
 
     def __init__(self, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -144,8 +147,9 @@ class TokenRowsWriter:
         # Rows that wait to be written together, and their tokens.
         self._waiting: list[TokenRow] = []
         self._waiting_tokens = 0
-        spools = (path.with_name(f"{path.name}.{part}") for part in ("ids", "trained"))
-        self._ids, self._trained = (spool.open("w+b", buffering=_CHUNK_BYTES) for spool in spools)
+        with ExitStack() as opened:
+            self._ids, self._trained = (opened.enter_context(_spool(path.parent)) for _ in range(2))
+            opened.pop_all()
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -160,8 +164,9 @@ class TokenRowsWriter:
                 self._assemble()
         finally:
             for spool in (self._ids, self._trained):
-                spool.close()
-                Path(spool.name).unlink()
+                # What it has not written is not wanted; the error to see is the one that ended us.
+                with suppress(OSError):
+                    spool.close()
 
     def add(self, row: TokenRow) -> None:
         """Append a row, whose arrays must stay as they are until the block ends.
@@ -187,24 +192,36 @@ class TokenRowsWriter:
         self._waiting, self._waiting_tokens = [], 0
 
     def _assemble(self) -> None:
+        out = self._path.open("wb")
+        try:
+            with out:
+                self._write_all(out)
+        except BaseException:
+            self._path.unlink(missing_ok=True)
+            raise
+
+    def _write_all(self, out: BinaryIO) -> None:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._lengths, dtype=np.int64)])
         rows, tokens = len(self._lengths), int(offsets[-1])
         sizes = {
             "offsets": rows + 1, "source_line": rows, "ids": tokens, "source_file": rows,
             "trained": math.ceil(tokens / 8),
         }  # fmt: skip
-        with self._path.open("wb") as out:
-            out.write(_header(sizes, self._metadata))
-            out.write(offsets.astype(_DTYPES["I64"], copy=False).tobytes())
-            out.write(np.array(self._lines, dtype=_DTYPES["I64"]).tobytes())
-            self._ids.seek(0)
-            shutil.copyfileobj(self._ids, out, _CHUNK_BYTES)
-            out.write(np.array(self._files, dtype=_DTYPES["I32"]).tobytes())
-            self._trained.seek(0)
-            # A multiple of 8, so that only the last byte of all is padded.
-            while chunk := self._trained.read(_CHUNK_BYTES):
-                bits = np.frombuffer(chunk, dtype=np.bool_)
-                out.write(np.packbits(bits, bitorder="little").tobytes())
+        out.write(_header(sizes, self._metadata))
+        out.write(offsets.astype(_DTYPES["I64"], copy=False).tobytes())
+        out.write(np.array(self._lines, dtype=_DTYPES["I64"]).tobytes())
+        self._ids.seek(0)
+        shutil.copyfileobj(self._ids, out, _CHUNK_BYTES)
+        out.write(np.array(self._files, dtype=_DTYPES["I32"]).tobytes())
+        self._trained.seek(0)
+        # A multiple of 8, so that only the last byte of all is padded.
+        while chunk := self._trained.read(_CHUNK_BYTES):
+            bits = np.frombuffer(chunk, dtype=np.bool_)
+            out.write(np.packbits(bits, bitorder="little").tobytes())
+
+
+def _spool(folder: Path) -> BinaryIO:
+    return cast(BinaryIO, tempfile.TemporaryFile(buffering=_CHUNK_BYTES, dir=folder))
 
 
 def write_token_rows(

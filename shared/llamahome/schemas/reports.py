@@ -116,6 +116,11 @@ class PreparationReport(Schema):
     validation: SplitCounts
     dropped: dict[str, int] = Field(default_factory=dict)
     duplicates_dropped: int = 0
+    leaked: int = Field(
+        default=0,
+        description="validation rows whose tokens are those of a training row: rows may differ in "
+        "what their template does not write",
+    )
     truncated_rows: int = 0
     truncated_tokens: int = 0
     control_tokens_neutralised: int = 0
