@@ -16,6 +16,7 @@ import pytest
 from llamahome.config import Settings
 from llamahome.errors import Fenced, Stopped, TrainingFailed, WorkerLost
 from llamahome.schemas import BaseRef, JobSpec, StopReason
+from llamahome.training import supervisor
 from llamahome.training.process import EngineProcess
 from llamahome.training.supervisor import Session, WarmEngine
 from llamahome.training.wire import Admit, Progress, Stop
@@ -221,6 +222,113 @@ def test_a_storage_that_fails_ends_the_job_and_leaves_the_engine_to_the_others(
     assert ports.points == []
     assert engine.tail() == "; its last output:\nstop"
     assert engine.alive()
+
+
+TWO = (
+    READY + "jobs = [channel.receive(None).job, channel.receive(None).job]\n"
+    "for job in jobs: channel.send(Progress(job=job, done=1, total=9, data={}))\n"
+)
+# As the real one: what was heard during a tick is answered after it.
+SLOW_TICKS = (
+    TWO
+    + """
+while jobs:
+    time.sleep(1)
+    for job in jobs: channel.send(Progress(job=job, done=2, total=9, data={}))
+    while (heard := channel.receive(0)) is not None:
+        if isinstance(heard, Stop):
+            print(heard.job, "let go", flush=True)
+            channel.send(Halted(job=heard.job, reason=heard.reason, message="stopped"))
+            jobs.remove(heard.job)
+"""
+)
+
+
+class Pair:
+    """Jobs "a" and "b" on one engine, each run in a thread; how each ended is in ``ended``."""
+
+    def __init__(
+        self, engine: EngineProcess, spec: JobSpec, settings: Settings, ports: dict[str, Any]
+    ) -> None:
+        self.ended: dict[str, BaseException] = {}
+        self._threads = {}
+        for job in ports:
+            session = Session(engine.line(job), ports[job], settings)
+            admit = Admit(job=job, spec=spec, data="/d", scratch="/s", device="cpu", threads=1)
+            thread = threading.Thread(target=self._run, args=(job, session, admit))
+            self._threads[job] = thread
+            thread.start()
+
+    def _run(self, job: str, session: Session, admit: Admit) -> None:
+        try:
+            session.run(admit)
+        except BaseException as error:
+            self.ended[job] = error
+
+    def join(self, job: str) -> None:
+        self._threads[job].join(30)
+        assert not self._threads[job].is_alive()
+
+
+@pytest.fixture
+def pair(
+    tmp_path: Path, make_spec: Callable[..., JobSpec], make_ports: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., tuple[EngineProcess, dict[str, Any], Pair]]]:  # fmt: skip
+    started = []
+    monkeypatch.setattr(supervisor, "_LEAVE_SECONDS", 0.2)
+
+    def go(
+        body: str, stops: dict[str, dict[int, StopReason]], **settings: float
+    ) -> tuple[EngineProcess, dict[str, Any], Pair]:
+        script = tmp_path / "two.py"
+        script.write_text(PRELUDE + body)
+        engine = EngineProcess(tmp_path, 1, command=(sys.executable, str(script)))
+        started.append(engine)
+        ports = {job: make_ports(job, stops.get(job)) for job in ("a", "b")}
+        return (
+            engine, ports,
+            Pair(engine, make_spec(), Settings(state=tmp_path, **settings), ports),
+        )  # fmt: skip
+
+    yield go
+    for engine in started:
+        engine.close()
+
+
+def test_one_that_leaves_waits_for_the_end_of_a_long_tick_and_the_others_go_on(pair: Any) -> None:
+    engine, ports, both = pair(SLOW_TICKS, {"a": {1: StopReason.fenced}})
+
+    both.join("a")
+    assert isinstance(both.ended["a"], Fenced)
+    assert "a let go" in engine.tail(), "its folder may be removed only when nothing writes there"
+    assert engine.alive()
+    ports["b"].stop_at[2] = StopReason.cancel
+    both.join("b")
+    assert isinstance(both.ended["b"], Stopped)
+
+
+def test_an_engine_that_says_nothing_to_anybody_is_killed_by_one_that_leaves(pair: Any) -> None:
+    engine, _, both = pair(
+        TWO + "time.sleep(60)", {"a": {1: StopReason.fenced}}, stall_seconds=1.5
+    )  # fmt: skip
+
+    both.join("a")
+    both.join("b")
+    assert not engine.alive()
+    assert isinstance(both.ended["a"], Fenced)
+    assert isinstance(both.ended["b"], WorkerLost)
+
+
+def test_an_engine_that_everybody_leaves_is_not_waited_for(pair: Any) -> None:
+    stops = {job: {1: StopReason.fenced} for job in ("a", "b")}
+    began = time.monotonic()
+    engine, _, both = pair(TWO + "time.sleep(60)", stops)
+
+    both.join("a")
+    both.join("b")
+    assert time.monotonic() - began < 30
+    assert not engine.alive()
 
 
 @pytest.fixture

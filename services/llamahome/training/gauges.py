@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import resource
+import weakref
 from typing import Any, Self
 
 import torch
@@ -46,10 +47,10 @@ class Gauges:
 
     flops_per_token: float
     peak_flops: float | None
-    device: torch.device
+    memory: PeakReader
 
     @classmethod
-    def of(cls, model: Any, adapter_parameters: int, machine: Machine) -> Self:
+    def of(cls, model: Any, adapter_parameters: int, machine: Machine, memory: PeakReader) -> Self:
         total = sum(parameter.numel() for parameter in model.parameters())  # each tied one once
         table = model.get_input_embeddings().weight
         head = model.get_output_embeddings()
@@ -58,7 +59,7 @@ class Gauges:
         peak = None
         if machine.device.type == "cuda" and machine.precision == "bf16":
             peak = peak_flops(torch.cuda.get_device_name(machine.device))
-        return cls(4.0 * total + 6.0 * adapter_parameters, peak, machine.device)
+        return cls(4.0 * total + 6.0 * adapter_parameters, peak, memory)
 
     def read(self, tokens: int, seconds: float) -> JsonObject:
         """After a step that took ``tokens`` through the model in ``seconds``.
@@ -69,7 +70,7 @@ class Gauges:
         speed = tokens / max(seconds, 1e-9)
         read: JsonObject = {
             "tokens_per_second": round(speed, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": self.memory.read(),
         }
         if self.peak_flops is not None:
             read["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)
@@ -84,8 +85,41 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process ever held: on the GPU, or else resident (getrusage(2), in KiB)."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class PeakMemory:
+    """The most that this process held on its device, for any number of readers.
+
+    torch keeps one peak, which a pass sets back to find its own: it is taken down here before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._readers: weakref.WeakSet[PeakReader] = weakref.WeakSet()
+
+    def reader(self) -> PeakReader:
+        reader = PeakReader(self)
+        self._readers.add(reader)
+        return reader
+
+    def take(self) -> None:
+        """Take down the peak since the last call, and begin another. Off CUDA it cannot be set
+        back, and is the most that ever was resident (getrusage(2), in KiB)."""
+        if self._device.type == "cuda":
+            most = int(torch.cuda.max_memory_allocated(self._device))
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for reader in self._readers:
+            reader.most = max(reader.most, most)
+
+
+class PeakReader:
+    """One who wants to know the peak since it last asked."""
+
+    def __init__(self, peak: PeakMemory) -> None:
+        self._peak, self.most = peak, 0
+
+    def read(self) -> int:
+        """In bytes, since the last call."""
+        self._peak.take()
+        most, self.most = self.most, 0
+        return most

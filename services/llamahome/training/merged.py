@@ -23,6 +23,7 @@ from llamahome.errors import InvalidConfig, Stopped, TrainingFailed
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONFIGS = ("config.json", "generation_config.json")
+_COPIED_BYTES = 16 * 1024 * 1024  # at a time: one who wants it stopped waits for no more
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -96,8 +97,8 @@ def write_merged(
 ) -> None:
     """Write the whole model below ``target``, which is made. ``halves`` are each layer's (A, B).
 
-    ``beat`` is called after each weight. Raises Stopped once ``stopped`` says so, TrainingFailed
-    where a sum does not fit its type, OSError.
+    ``beat`` is called, and ``stopped`` asked, at each weight and each piece of a copy. Raises
+    Stopped once ``stopped`` says so, TrainingFailed where a sum does not fit its type, OSError.
     """
     target.mkdir(parents=True)
     for name in _CONFIGS + (_INDEX,):
@@ -107,17 +108,29 @@ def write_merged(
     for layer, place in merging.places.values():
         by_file[place.file].append((layer, place))
     for file in merging.files:
-        shutil.copyfile(merging.base / file, target / file)
-        (target / file).chmod(0o644)
-        beat()
+        _copy(merging.base / file, target / file, beat, stopped)
         with (target / file).open("r+b") as out, _opened(merging.base / file) as source:
             for layer, place in by_file[file]:
-                if stopped():
-                    raise Stopped("stopped while it was merged")
+                _check(stopped)
                 weight = _added(source.get_tensor(place.key), *halves[layer.name], scale, layer)
                 out.seek(place.first_byte)
                 out.write(weight.contiguous().view(torch.uint8).numpy().data)
                 beat()
+
+
+def _copy(
+    source: Path, target: Path, beat: Callable[[], None], stopped: Callable[[], bool]
+) -> None:
+    with source.open("rb") as whole, target.open("xb") as out:
+        while piece := whole.read(_COPIED_BYTES):
+            _check(stopped)
+            out.write(piece)
+            beat()
+
+
+def _check(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise Stopped("stopped while it was merged")
 
 
 def read_merged(merging: Merging, target: Path, name: str) -> torch.Tensor:

@@ -83,6 +83,7 @@ class Line:
 
     def __init__(self, engine: EngineProcess, job: str) -> None:
         self.engine, self.job = engine, job
+        self.leaving = False  # nobody wants the job any more; set under the engine's lock
         self._heard: queue.SimpleQueue[FromEngine | WorkerLost] = queue.SimpleQueue()
 
     def put(self, message: FromEngine | WorkerLost) -> None:
@@ -102,6 +103,10 @@ class Line:
             self._heard.put(message)  # for whoever asks again
             raise message
         return message
+
+    def leave(self) -> None:
+        """From now on the job is no reason to keep the engine."""
+        self.engine.leave(self)
 
     def close(self) -> None:
         """Hear no more of the job."""
@@ -176,6 +181,15 @@ class EngineProcess:
     def forget(self, job: str) -> None:
         with self._lock:
             self._lines.pop(job, None)
+
+    def leave(self, line: Line) -> None:
+        with self._lock:
+            line.leaving = True
+
+    def wanted(self) -> bool:
+        """Whether any job is on it that is not about to leave."""
+        with self._lock:
+            return any(not line.leaving for line in self._lines.values())
 
     def send(self, message: Message) -> None:
         """Raises WorkerLost where it is gone."""

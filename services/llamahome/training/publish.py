@@ -76,11 +76,12 @@ def complete_adapter(folder: Path, spec: JobSpec, prepared: Path, report: JobRep
     """Add everything but weights, adapter config and history to ``folder``. Raises OSError."""
     tokenizer = prepared / _TOKENIZER_FOLDER
     merged = folder / MERGED_FOLDER
-    for source in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else []:
+    for source in sorted(tokenizer.rglob("*")):
         if source.is_file():
-            shutil.copyfile(source, folder / source.name)
-            if merged.is_dir():
-                shutil.copyfile(source, merged / source.name)
+            for target in (folder, merged) if merged.is_dir() else (folder,):
+                copy = target / source.relative_to(tokenizer)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, copy)
     config = yaml.safe_dump({"training": spec.config}, sort_keys=False, allow_unicode=True)
     (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
     metrics = report.training.metrics.model_dump_json(indent=2)

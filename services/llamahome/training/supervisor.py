@@ -36,7 +36,7 @@ from llamahome.training.wire import (
 )
 
 POLL_SECONDS = 0.2
-_LEAVE_SECONDS = 5.0  # for a job nobody wants any more to get off the engine
+_LEAVE_SECONDS = 5.0  # for the last job on an engine to get off it
 
 
 class WarmEngine:
@@ -106,8 +106,8 @@ class WarmEngine:
 class Session:
     """One job on the engine: what it sends goes to the ports, and stops go the other way.
 
-    Other jobs go on when this one ends, however it does; only an engine that does not answer is
-    killed.
+    Other jobs go on when this one ends, however it does: the engine is killed only where it has
+    said nothing, of any job, for ``stall_seconds``, or does not let go of the last one that it has.
     """
 
     def __init__(self, line: Line, ports: Ports, settings: Settings) -> None:
@@ -164,8 +164,7 @@ class Session:
 
     def _check_stall(self, began: float) -> None:
         """An engine that says nothing, of any job, hangs."""
-        engine = self._line.engine
-        silent = time.monotonic() - max(began, engine.heard_at)
+        engine, silent = self._line.engine, self._silent(began)
         if silent <= self._settings.stall_seconds:
             return
         engine.kill()
@@ -174,6 +173,10 @@ class Session:
             f"no word from the engine for {silent:.1f} s (stall_seconds is "
             f"{self._settings.stall_seconds:g}){engine.tail()}"
         )
+
+    def _silent(self, began: float) -> float:
+        """Seconds since the engine was heard, or since ``began`` where that is later."""
+        return time.monotonic() - max(began, self._line.engine.heard_at)
 
     def _take(self, message: FromEngine) -> Done | None:
         """Hand one message on. Returns the job's result when it is that."""
@@ -246,16 +249,23 @@ class Session:
         raise WorkerLost(f"the engine had not saved in {self._settings.drain_seconds:g} s")
 
     def _leave(self) -> None:
-        """Get the job off the engine where it still is, so that its folder can be removed."""
+        """Get the job off the engine where it still is, so that its folder can be removed.
+
+        A stop is heard between two ticks. Beside others that is waited for however long a tick or
+        the loading of a base takes; an engine that nobody else wants is killed soon.
+        """
         engine = self._line.engine
         if not self._on_engine or not engine.alive():
             return
+        self._line.leave()
+        began = time.monotonic()
         try:
             self._line.send(Stop(job=self._line.job, reason=StopReason.cancel))
-            deadline = time.monotonic() + _LEAVE_SECONDS
-            while time.monotonic() < deadline:
+            while self._silent(began) <= self._settings.stall_seconds:
                 if isinstance(self._line.receive(POLL_SECONDS), Done | Halted | Failed):
                     return
+                if time.monotonic() - began > _LEAVE_SECONDS and not engine.wanted():
+                    break
         except WorkerLost:
             return  # it is off, and so is every other: they find out for themselves
         engine.kill()

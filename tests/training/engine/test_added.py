@@ -159,6 +159,79 @@ def test_gradients_are_those_of_peft_on_a_resized_base(
         assert float(gap) <= 2e-6, name
 
 
+@pytest.mark.parametrize("marks", [(64, 65), (62, 63)])
+def test_where_a_base_scales_what_it_looks_up_the_rows_are_kept_as_peft_has_them(
+    bench: Bench, tmp_path: Path, marks: tuple[int, int]
+) -> None:
+    """Gemma 3 multiplies its embeddings by the root of their width: logits and gradients."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+    from llamahome.config import parse_training_config
+    from llamahome.training.engine.passes import make_unit
+
+    torch.manual_seed(1)
+    folder = tmp_path / "gemma3"
+    Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16,
+            sliding_window=8, max_position_embeddings=48, bos_token_id=None, eos_token_id=1,
+            pad_token_id=None, initializer_range=0.1,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    base = BaseRef(name="test/gemma3", path=str(folder), digest=base_digest(folder))
+    make = bench.spec
+    bench.spec = lambda **k: make(**k).model_copy(update={"base": base})
+    data = marked_data(bench, tmp_path / "data", marks)
+    lora = {"r": 4, "alpha": 8, "dropout": 0, "target_modules": ["q_proj", "v_proj"]}
+    config = parse_training_config(bench.spec(lora=lora).config, source="test")
+    engine = bench.engine()
+    assert engine.warm.packed, engine.warm.why_not
+    assert float(engine.warm.model.get_input_embeddings().scalar_embed_scale) > 5
+    slot = engine.warm.slot_for(config, data.added)
+    with torch.no_grad():
+        slot.weights.normal_(std=0.1, generator=torch.Generator().manual_seed(9))
+    start = slot.tensors()
+    unit = make_unit(slot, data.training, [2], weight=1.0, learns=True)
+    (ours,) = engine.warm.logits([unit])
+    engine.warm.run([unit])
+    gradients = slot.named(slot.gradient)
+    engine.close()
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if marks[-1] >= VOCABULARY:
+        model.resize_token_embeddings(marks[-1] + 1, mean_resizing=False)
+    reference = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"],
+            trainable_token_indices={"embed_tokens": list(marks)},
+        ),
+    )  # fmt: skip
+    named = {
+        name.removesuffix(".default").replace(".default.", "."): parameter
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
+    assert named.keys() == start.keys()
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(start[name])
+    ids, trained = data.training.row(2)
+    values = torch.from_numpy(ids.astype(np.int64))[None]
+    logits = reference(input_ids=values).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1], values[0, 1:], reduction="none")
+    losses[torch.from_numpy(trained[1:].copy())].sum().backward()
+
+    torch.testing.assert_close(ours, logits.detach()[unit.places], rtol=1e-4, atol=1e-4)
+    for name, parameter in named.items():
+        assert parameter.grad is not None
+        gap = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert float(gap) <= 1e-4, name
+
+
 def test_a_neighbour_with_added_tokens_changes_no_bit_of_another_job(
     bench: Bench, tmp_path: Path
 ) -> None:

@@ -35,6 +35,15 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 with one matrix for q, k and v": ("Phi3Config", SMALL | {"num_key_value_heads": 2}),
     "gpt2 with its weights the other way round": ("GPT2Config", GPT2),
 }  # fmt: skip
+MOE: dict[str, Any] = SMALL | {
+    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "moe_intermediate_size": 96, "num_experts": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+}  # fmt: skip
+APART: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", MOE),
+    "qwen3 with experts": ("Qwen3MoeConfig", MOE),
+}
 ROW_BY_ROW: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2 with soft caps": (
         "Gemma2Config",
@@ -90,7 +99,7 @@ def on(bench: Bench, base: BaseRef) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize("name", [*PACKED, *ROW_BY_ROW])
+@pytest.mark.parametrize("name", [*PACKED, *APART, *ROW_BY_ROW])
 def test_loss_and_gradients_are_those_of_transformers_with_peft(
     bench: Bench, make_base: Callable[..., BaseRef], name: str
 ) -> None:
@@ -101,12 +110,13 @@ def test_loss_and_gradients_are_those_of_transformers_with_peft(
     from llamahome.config import parse_training_config
     from llamahome.training.engine.passes import make_unit
 
-    base = make_base(*(PACKED | ROW_BY_ROW)[name])
+    base = make_base(*(PACKED | APART | ROW_BY_ROW)[name])
     on(bench, base)
     lora = {"r": 4, "alpha": 8, "dropout": 0, "target_modules": "all-linear"}
     config = parse_training_config(bench.spec(lora=lora).config, source="test")
     engine = bench.engine()
     packed, why_not = engine.warm.packed, engine.warm.why_not
+    apart = engine.warm.why_apart is not None
     slot = engine.warm.slot_for(config)
     with torch.no_grad():
         slot.weights.normal_(std=0.1, generator=torch.Generator().manual_seed(9))
@@ -118,7 +128,8 @@ def test_loss_and_gradients_are_those_of_transformers_with_peft(
     transposed = engine.warm.transposed
     engine.close()
 
-    assert packed is (name in PACKED), why_not
+    assert packed is (name not in ROW_BY_ROW), why_not
+    assert apart is (name in APART)
     reference = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base.path),
         LoraConfig(
@@ -153,12 +164,16 @@ def test_loss_and_gradients_are_those_of_transformers_with_peft(
         assert float((gradients[key] - parameter.grad).norm() / norm) <= 1e-4, key
 
 
-@pytest.mark.parametrize("name", ["gemma2 with soft caps", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma2 with soft caps", "qwen3", *APART])
 def test_jobs_together_have_the_bytes_of_each_alone_on_any_base(
     bench: Bench, make_base: Callable[..., BaseRef], name: str
 ) -> None:
-    on(bench, make_base(*(PACKED | ROW_BY_ROW)[name]))
-    jobs = {"a": {"seed": 1}, "b": {"seed": 2, "batch_size": 3, "lora": {"r": 6}}}
+    on(bench, make_base(*(PACKED | APART | ROW_BY_ROW)[name]))
+    jobs = {
+        "a": {"seed": 1},
+        "b": {"seed": 2, "batch_size": 3, "lora": {"r": 6}},
+        "c": {"seed": 3, "batch_size": 4},
+    }
 
     together = bench.run(jobs)
 
@@ -179,6 +194,128 @@ def test_a_job_on_a_base_that_goes_row_by_row_is_told_why(
     (said,) = [message for message in ports.messages() if "one by one" in message]
     assert "softcap" in said
     assert ended["a"].report.proofs["isolation"]["packed"] is False
+
+
+@pytest.mark.parametrize("name", APART)
+def test_micro_batches_of_several_jobs_never_share_a_pass_through_experts_and_jobs_are_told(
+    bench: Bench, make_base: Callable[..., BaseRef], name: str
+) -> None:
+    on(bench, make_base(*APART[name]))
+    engine = bench.engine()
+    ended: dict[str, Any] = {}
+    passes, run = [], engine.warm.run
+
+    def seen(units: Any) -> Any:
+        passes.append(len(units))
+        return run(units)
+
+    engine.warm.run = seen  # type: ignore[method-assign]
+    ports = [bench.admit(engine, name, ended, seed=seed) for seed, name in enumerate("ab")]
+    engine.run()
+    engine.close()
+
+    assert set(passes) == {1}
+    for each in ports:
+        (said,) = [message for message in each.messages() if "by itself" in message]
+        assert "experts" in said
+    isolation = ended["a"].report.proofs["isolation"]
+    assert (isolation["packed"], isolation["max_logit_gap"]) == (False, 0.0)
+
+
+def test_a_base_whose_rows_change_a_bit_with_their_company_is_found_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamahome.training.engine.warm import WarmBase
+
+    logits = WarmBase.logits
+
+    def company(self: WarmBase, units: Any) -> Any:
+        return [each + 1e-6 * len(units) for each in logits(self, units)]
+
+    monkeypatch.setattr(WarmBase, "logits", company)
+    engine = bench.engine()
+    engine.close()
+
+    assert engine.warm.packed
+    assert "last bits" in str(engine.warm.why_apart)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, IndexError, AssertionError])
+def test_whatever_the_trial_of_packed_rows_raises_they_go_one_by_one_and_the_reason_is_told(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    from llamahome.training.engine import attention
+    from support.engines import largest_gap
+
+    expected = bench.run({"a": {"seed": 1}})["a"]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise kind("a shape of its own")
+
+    monkeypatch.setattr(attention, "attend", fail)
+    engine = bench.engine()
+    ended: dict[str, Any] = {}
+    ports = bench.admit(engine, "a", ended, seed=1)
+    engine.run()
+    engine.close()
+
+    (said,) = [message for message in ports.messages() if "one by one" in message]
+    assert kind.__name__ in said
+    assert "a shape of its own" in said
+    assert largest_gap(ended["a"], expected) < 1e-4
+
+
+def test_a_trial_without_memory_is_not_held_against_the_base(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from llamahome.training.engine import attention
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(attention, "attend", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.engine()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_head_that_is_five_percent_off_is_found_out(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    from llamahome.training.engine import warm
+
+    bench, head = make_bench(precision), warm.Head
+    engine = bench.engine()
+    engine.close()
+    assert engine.warm.packed, engine.warm.why_not
+
+    monkeypatch.setattr(warm, "Head", lambda weight, bias: head(weight * 1.05, bias))
+    engine = bench.engine()
+    engine.close()
+
+    assert not engine.warm.packed
+    assert "not the head's alone" in str(engine.warm.why_not)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_base_that_scales_its_logits_is_found_out_by_them_too(
+    make_bench: Callable[..., Bench],
+    make_base: Callable[..., BaseRef],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+) -> None:
+    """Granite divides them; its config's word for that is not looked at here."""
+    from llamahome.training.engine import warm
+
+    granite = SMALL | {"num_key_value_heads": 2, "logits_scaling": 0.95}
+    bench = on(make_bench(precision), make_base("GraniteConfig", granite))
+    monkeypatch.setattr(warm, "unlike_shorter", lambda config: None)
+    engine = bench.engine()
+    engine.close()
+
+    assert "not the head's alone" in str(engine.warm.why_not)
 
 
 def test_the_base_is_left_as_it_came(bench: Bench) -> None:

@@ -16,7 +16,7 @@ def mask(
     from llamahome.training.engine.draws import DropKey, Dropout, keep_mask
 
     key = DropKey(seed, step, micro)
-    return keep_mask(key, site, rows, 50, Dropout.of(0.3), torch.device("cpu")).numpy()
+    return keep_mask(key, site, rows, 64, 50, Dropout.of(0.3), torch.device("cpu")).numpy()
 
 
 def test_draws_depend_on_seed_step_micro_batch_and_layer() -> None:
@@ -30,6 +30,29 @@ def test_draws_depend_on_seed_step_micro_batch_and_layer() -> None:
 def test_a_row_has_the_same_draws_in_a_part_as_in_the_whole() -> None:
     assert np.array_equal(mask(rows=range(20, 64)), mask()[20:])
     assert np.array_equal(mask(rows=range(10)), mask()[:10])
+
+
+def test_the_draws_of_torch_are_those_of_the_whole_micro_batch_in_each_of_its_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As CUDA's kernel: where a draw lands depends on how many there are in all."""
+    import torch
+
+    from llamahome.training.engine.draws import Dropout, torch_mask
+
+    def bernoulli(full: Any, keep: float, generator: Any) -> Any:
+        places = torch.arange(full.numel()).view(full.shape)
+        return full.copy_((places * 7919 + 31 * full.numel()) % 1000 < keep * 1000)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", bernoulli)
+
+    def part(rows: range) -> Any:
+        return torch_mask(torch.Generator().manual_seed(1), rows, 64, 50, Dropout.of(0.3))
+
+    whole = part(range(64))
+    assert 0.6 < float(whole.float().mean()) < 0.8
+    for rows in (range(20), range(20, 41), range(41, 64)):
+        assert torch.equal(part(rows), whole[rows.start : rows.stop])
 
 
 def test_the_share_that_is_kept_is_what_was_asked_for() -> None:

@@ -211,7 +211,13 @@ def test_the_layers_backward_is_the_derivative_of_its_forward_with_dropout_in_bo
         mine = x[segment.start : segment.end]
         if slot.dropout.level:
             mask = keep_mask(
-                DropKey(1, 2, 3), site.shape.name, range(len(mine)), 64, slot.dropout, x.device
+                DropKey(1, 2, 3),
+                site.shape.name,
+                range(len(mine)),
+                len(mine),
+                64,
+                slot.dropout,
+                x.device,
             )
             assert 0.3 < float((~mask).double().mean()) < 0.5
             mine = mine * mask / slot.dropout.keep

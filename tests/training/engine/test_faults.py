@@ -73,16 +73,14 @@ def test_weights_that_are_not_finite_in_the_end_are_not_published(bench: Bench) 
     assert end.code == "nan_loss"
 
 
-def test_an_error_of_one_job_is_its_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamahome.training.engine.__main__ import _Server
+def test_an_error_of_one_job_is_its_own() -> None:
+    from llamahome.training.engine.answers import answer
     from llamahome.training.wire import Failed
 
-    server = _Server.__new__(_Server)
-    server._fatal = False
-    answer = server._answer("a", RuntimeError("no such thing"))
+    told = answer("a", RuntimeError("no such thing"))
 
-    assert isinstance(answer, Failed)
-    assert (answer.fatal, server._fatal) == (False, False)
+    assert isinstance(told, Failed)
+    assert not told.fatal
 
 
 def test_one_cancelled_in_the_middle_of_its_window_changes_nothing_for_the_other(
@@ -149,10 +147,14 @@ def test_out_of_memory_together_they_go_on_in_smaller_ticks_with_the_same_bytes(
     ended: dict[str, Any] = {}
     ports = bench.admit(engine, "a", ended, **A)
     bench.admit(engine, "b", ended, **B)
-    engine.run()
+    ticks = []
+    while engine.busy:
+        engine.tick(wait=True)
+        ticks.append(engine.tick_tokens)
     engine.close()
 
-    assert engine.tick_tokens < 1024
+    assert min(ticks) < 1024
+    assert ticks[-1] == 1024, "whoever comes next is not held to what did not fit then"
     assert any("Out of memory with" in message for message in ports.messages("warn"))
     assert {name: file_bytes(end) for name, end in ended.items()} == expected
 
@@ -166,6 +168,26 @@ def test_out_of_memory_within_a_micro_batch_it_is_cut_between_rows(bench: Bench)
 
     assert file_bytes(cut)
     assert largest_gap(whole, cut) < 1e-5  # the same draws; sums in another order
+
+
+def test_that_one_has_its_micro_batches_cut_changes_no_bit_of_its_neighbour(bench: Bench) -> None:
+    """And of a job that comes after it."""
+    small = {"seed": 2, "batch_size": 3, "gradient_accumulation_steps": 1}
+    large = {"batch_size": 11, "gradient_accumulation_steps": 1, "epochs": 1}
+    expected = file_bytes(bench.run({"small": small})["small"])
+    limit = _limit(bench, 60, recomputed=True)  # three rows and not eleven
+
+    both = bench.run({"large": large, "small": small}, memory_bytes=limit)
+    engine = bench.engine(memory_bytes=limit)
+    ended: dict[str, Any] = {}
+    for name, job in (("large", large), ("small", small)):
+        bench.admit(engine, name, ended, **job)
+        engine.run()
+    engine.close()
+
+    assert file_bytes(both["large"])
+    assert file_bytes(both["small"]) == expected
+    assert file_bytes(ended["small"]) == expected
 
 
 def test_a_row_that_does_not_fit_by_itself_fails_its_job_and_no_other(

@@ -168,3 +168,62 @@ def test_other_jobs_train_on_while_one_is_merged_and_their_bytes_are_the_same(
     both = bench.run({"merged": {"epochs": 1, "lora": {"merge": True}}, "other": other})
     assert (both["merged"].folder / "merged" / "config.json").is_file()
     assert file_bytes(both["other"]) == file_bytes(alone["other"])
+
+
+def test_a_job_has_not_ended_before_nothing_of_its_merge_is_written_any_more(
+    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+    import time
+
+    from llamahome.errors import Stopped
+    from llamahome.schemas import StopReason
+    from llamahome.training import merged
+
+    added, begun, told, written = merged._added, threading.Event(), threading.Event(), list[bool]()
+
+    def slow(*values: Any) -> Any:
+        """A weight that takes until some time after the job was told to stop."""
+        begun.set()
+        told.wait(20)
+        time.sleep(0.3)
+        written.append(True)
+        return added(*values)
+
+    monkeypatch.setattr(merged, "_added", slow)
+    bench, ended = make_bench(), dict[str, Any]()
+    engine = bench.engine()
+    ports = bench.admit(engine, "a", ended, epochs=1, lora={"merge": True})
+    while not begun.is_set():
+        engine.tick(wait=False)  # a weight in hand wakes nobody
+
+    def cancelled() -> StopReason:
+        told.set()
+        return StopReason.cancel
+
+    ports.should_stop = cancelled
+    while engine.busy:
+        engine.tick(wait=False)
+
+    assert isinstance(ended["a"], Stopped)
+    assert written == [True], "the weight in hand was finished, and no other begun"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("merge")]
+    engine.close()
+
+
+def test_a_merge_is_stopped_within_a_large_file_too(
+    save_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamahome.errors import Stopped
+    from llamahome.training import merged
+
+    monkeypatch.setattr(merged, "_COPIED_BYTES", 1000)
+    base = save_base("llama")
+    beats: list[None] = []
+    with pytest.raises(Stopped):
+        merged.write_merged(
+            merged.plan_merge(base, [], "model"), tmp_path / "merged", {}, 1.0,
+            beat=lambda: beats.append(None), stopped=lambda: len(beats) == 3,
+        )  # fmt: skip
+
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size == 3000

@@ -109,3 +109,6 @@ def test_the_parts_of_a_unit_make_up_the_whole(make_unit: Callable[..., Any]) ->
     assert [part.targets.tolist() for part in parts] == [[12, 13], [31, 32, 21], [31, 32]]
     assert [part.places.tolist() for part in parts] == [[1, 2], [0, 1, 2], [0, 1]]
     assert [part.tokens for part in split_unit(unit, 1)] == [3, 2, 1, 2]
+    again = split_unit(parts[1], 2)
+    assert [part.first for part in again] == [3, 5]
+    assert {part.micro_batch_tokens for part in [unit, *parts, *again]} == {unit.tokens}

@@ -8,41 +8,29 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING
 
-from llamahome.errors import (
-    LlamaHomeError,
-    OperatorError,
-    Stopped,
-    TrainingFailed,
-    Unavailable,
-)
+from llamahome.errors import TrainingFailed
 from llamahome.schemas import StopReason
-from llamahome.training.ports import LocalCheckpoint, TrainedAdapter
+from llamahome.training.engine.wire_ports import WirePorts
+from llamahome.training.ports import TrainedAdapter
 from llamahome.training.wire import (
     Admit,
     Channel,
-    Done,
     Failed,
     Halted,
     Message,
-    Progress,
     Quit,
     Ready,
-    Said,
-    Saved,
     Stop,
     Stored,
 )
@@ -55,7 +43,6 @@ if TYPE_CHECKING:
     from llamahome.training.runtime import Machine
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_BEAT_SECONDS = 0.1
 
 
 def main() -> int:
@@ -94,7 +81,7 @@ class _Server:
         self._channel = channel
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engine: Engine | None = None
-        self._ports: dict[str, _WirePorts] = {}
+        self._ports: dict[str, WirePorts] = {}
         self._waiting: list[Admit] = []
         self._fatal = False
 
@@ -108,16 +95,24 @@ class _Server:
         self._channel.send(Ready(pid=os.getpid()))
         threading.Thread(target=self._listen, name="channel", daemon=True).start()
         while not self._fatal:
-            if self._engine is not None and self._engine.busy:
-                self._engine.tick(wait=True)
-            elif self._waiting:
-                # All of them: those of the base that is loaded now go side by side.
-                waiting, self._waiting = self._waiting, []
-                for admit in waiting:
-                    self._admit(admit)
-            else:
-                self._inbox.get()()
+            self._turn()
         return 1
+
+    def _turn(self) -> None:
+        if self._busy:
+            assert self._engine is not None
+            self._engine.tick(wait=True)
+        elif self._waiting:
+            # All of them: those of the base that is loaded now go side by side.
+            waiting, self._waiting = self._waiting, []
+            for admit in waiting:
+                self._admit(admit)
+        else:
+            self._inbox.get()()
+
+    @property
+    def _busy(self) -> bool:
+        return self._engine is not None and self._engine.busy
 
     def _listen(self) -> None:
         try:
@@ -152,8 +147,9 @@ class _Server:
                 return
 
     def _admit(self, admit: Admit) -> None:
-        """Take a job in, or keep it until the jobs of another base have ended."""
-        ports = self._ports[admit.job] = _WirePorts(self._channel, admit.job, Path(admit.scratch))
+        """Take a job in, or keep it until those at work have ended: of another base, or too large
+        to go beside it."""
+        ports = self._ports[admit.job] = WirePorts(self._channel, admit.job, Path(admit.scratch))
         try:
             if not self._begin(admit, ports):
                 del self._ports[admit.job]
@@ -161,9 +157,9 @@ class _Server:
         except (EOFError, BrokenPipeError):
             raise
         except Exception as error:  # becomes the job's one answer; the traceback goes to the log
-            self._end(admit.job, error)
+            self._end(admit, error)
 
-    def _begin(self, admit: Admit, ports: _WirePorts) -> bool:
+    def _begin(self, admit: Admit, ports: WirePorts) -> bool:
         from llamahome.config import parse_training_config
         from llamahome.training.data import TokenData
         from llamahome.training.loop import load_snapshot, machine_for
@@ -180,73 +176,58 @@ class _Server:
         data = TokenData.open(Path(admit.data))
         data.check()
         check_fits(engine.warm.loaded, data, config)
-        try:
-            engine.admit(
-                admit.spec, config, data, ports, machine,
-                lambda outcome: self._end(admit.job, outcome), snapshot=snapshot,
-                start=_start_of(admit, config, data),
-            )  # fmt: skip
-        except TrainingFailed as error:
-            if error.code == "out_of_memory" and engine.busy:
-                return False  # there is room when the others have ended
-            raise
+        engine.admit(
+            admit.spec, config, data, ports, machine, lambda outcome: self._end(admit, outcome),
+            snapshot=snapshot, start=_start_of(admit, config, data),
+        )  # fmt: skip
         return True
 
     def _engine_for(self, admit: Admit, machine: Machine) -> Engine | None:
         """The engine with the job's base warm; None while another base is at work."""
-        import torch
-
-        from llamahome.training.engine.ticks import Engine, out_of_memory
+        from llamahome.training.engine.ticks import Engine
         from llamahome.training.model import load_base
         from llamahome.training.runtime import configured
 
         if self._engine is not None and self._engine.serves(admit.spec.base, machine):
             return self._engine
         if self._engine is not None:
-            if self._engine.busy:
+            if self._busy:
                 return None
             self._engine.close()
             self._engine = None  # let go of its base first: two may not fit
-        try:
-            with configured(machine):
-                loaded = load_base(admit.spec.base, machine)
-            self._engine = Engine(loaded, machine, self._inbox)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error) from error
+        with configured(machine):
+            loaded = load_base(admit.spec.base, machine)
+        self._engine = Engine(loaded, machine, self._inbox)
         return self._engine
 
-    def _end(self, job: str, outcome: TrainedAdapter | Exception) -> None:
-        """Whatever happened becomes one message."""
-        self._ports.pop(job, None)
-        self._channel.send(self._answer(job, outcome))
+    def _end(self, admit: Admit, outcome: TrainedAdapter | Exception) -> None:
+        """Whatever happened becomes one message; but a job that had not the memory to itself
+        goes on from its last checkpoint when it has."""
+        from llamahome.training.engine.answers import answer
+        from llamahome.training.engine.memory import failure_of
 
-    def _answer(self, job: str, outcome: TrainedAdapter | Exception) -> Message:
-        import torch
+        if isinstance(outcome, Exception):
+            outcome = failure_of(outcome)
+        ports = self._ports.pop(admit.job)
+        if self._busy and ports.stop is None and _lacked_memory(outcome):
+            ports.event(f"It waits until the jobs beside it have ended: {outcome}", level="warn")
+            self._waiting.append(_from_its_last(admit))
+            return
+        message = answer(admit.job, outcome)
+        self._fatal = self._fatal or (isinstance(message, Failed) and message.fatal)
+        self._channel.send(message)
 
-        match outcome:
-            case TrainedAdapter() if outcome.report.base_unchanged:
-                return Done(job=job, folder=str(outcome.folder), report=outcome.report)
-            case TrainedAdapter():
-                # Nothing that shares this base can be trusted: the process ends.
-                self._fatal = True
-                changed = OperatorError("the base's weights changed while adapters were trained")
-                return Failed(job=job, error=changed.to_dict(), fatal=True)
-            case Stopped():
-                reason = StopReason(outcome.code)
-                return Halted(job=job, reason=reason, message=outcome.message)
-            case LlamaHomeError():
-                return Failed(job=job, error=outcome.to_dict(), fatal=False)
-            case OSError():
-                traceback.print_exception(outcome)
-                return Failed(job=job, error=_from_os_error(outcome).to_dict(), fatal=False)
-            case _:
-                traceback.print_exception(outcome)
-                # Raised outside the passes that jobs share, it is this job's own; after an error of
-                # the device nothing in this process works any more.
-                fatal = isinstance(outcome, torch.AcceleratorError)
-                self._fatal = self._fatal or fatal
-                ours = OperatorError(f"{type(outcome).__name__}: {outcome}")
-                return Failed(job=job, error=ours.to_dict(), fatal=fatal)
+
+def _lacked_memory(outcome: TrainedAdapter | Exception) -> bool:
+    return isinstance(outcome, TrainingFailed) and outcome.code == "out_of_memory"
+
+
+def _from_its_last(admit: Admit) -> Admit:
+    """The same job, to go on from what it has saved here."""
+    saved = sorted((Path(admit.scratch) / "checkpoints").glob("checkpoint-*"), reverse=True)
+    earlier = [Path(each) for each in admit.resume if Path(each).is_dir()]
+    resume = tuple(str(each) for each in dict.fromkeys([*saved, *earlier]))
+    return admit.model_copy(update={"resume": resume})
 
 
 def _start_of(admit: Admit, config: TrainingConfig, data: TokenData) -> Tensors | None:
@@ -257,54 +238,6 @@ def _start_of(admit: Admit, config: TrainingConfig, data: TokenData) -> Tensors 
         return None
     name = admit.spec.adapter_name or "adapter"
     return load_start(Path(admit.adapter), config, name, data.added)
-
-
-def _from_os_error(error: OSError) -> Unavailable:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return Unavailable(
-        f"{type(error).__name__}: {error}", code="disk_full" if full else None,
-        remedy="Free space in the scratch folder" if full else None,
-    )  # fmt: skip
-
-
-class _WirePorts:
-    """One job's ports, spoken over the channel. ``stop`` and ``stored`` are what was heard."""
-
-    def __init__(self, channel: Channel, job: str, scratch: Path) -> None:
-        self._channel, self._job = channel, job
-        self._sent = (-1, 0.0)  # steps done, monotonic seconds
-        self.scratch = scratch
-        self.stop: StopReason | None = None
-        self.stored: set[int] = set()
-
-    def progress(self, done: int, total: int | None, data: Mapping[str, Any] | None = None) -> None:
-        step, at = self._sent
-        if done == step and time.monotonic() - at < _BEAT_SECONDS:
-            return
-        self._sent = (done, time.monotonic())
-        self._channel.send(Progress(job=self._job, done=done, total=total, data=dict(data or {})))
-
-    def event(
-        self, message: str, *, level: str = "info", data: Mapping[str, Any] | None = None
-    ) -> None:
-        known = cast(Literal["info", "warn", "error"], level)
-        self._channel.send(Said(job=self._job, message=message, level=known, data=dict(data or {})))
-
-    def checkpoint(self, point: LocalCheckpoint) -> Callable[[], bool]:
-        self.stored.discard(point.step)
-        self._channel.send(
-            Saved(
-                job=self._job,
-                folder=str(point.folder),
-                step=point.step,
-                eval_loss=point.eval_loss,
-                best=point.best,
-            )
-        )
-        return lambda: point.step in self.stored
-
-    def should_stop(self) -> StopReason | None:
-        return self.stop
 
 
 if __name__ == "__main__":

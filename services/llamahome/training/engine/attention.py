@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from llamahome.training.engine.memory import is_out_of_memory
+
 NAME = "llamahome_sequences"
 
 
@@ -129,7 +131,7 @@ def _varlen(
     except (NotImplementedError, RuntimeError) as error:
         # A kernel that is not there for a head size or a device says so in one of these two; memory
         # and a broken context are other matters. The caller's way gives the same numbers.
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+        if is_out_of_memory(error) or "CUDA error" in str(error):
             raise
         return None
     assert isinstance(out, torch.Tensor)

@@ -26,6 +26,11 @@ def _announce(job: TrainingJob) -> None:
         job.reporter.say(
             "Rows go through this base one by one, which is slower: " + job.warm.why_not
         )
+    if job.warm.why_apart is not None:
+        job.reporter.say(
+            "Each micro-batch goes through this base by itself, which is slower: "
+            + job.warm.why_apart
+        )
     if not len(job.data.validation) and job.config.early_stopping.enabled:
         job.reporter.say(
             "No validation rows: no evaluation, and early stopping is off", level="warn"

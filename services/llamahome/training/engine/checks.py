@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+
 import numpy as np
 import torch
 
 from llamahome.conversations.tokens import TokenRows
 from llamahome.schemas import JsonObject
 from llamahome.training.data import labelled_counts
-from llamahome.training.engine.passes import make_unit
+from llamahome.training.engine.passes import Unit, make_unit
 from llamahome.training.engine.slots import Slot
-from llamahome.training.engine.warm import WarmBase
+from llamahome.training.engine.warm import UnitLoss, WarmBase
 
 # What is checked does not depend on how long the rows are, and what it costs does: with whole rows
 # the checks of a job of 12 short steps took as long as eight of its steps.
@@ -19,11 +21,14 @@ _ROW_TOKENS = 32
 _LOOKED_AT = 256
 
 
-def check_factoring(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
+def check_factoring(
+    slot: Slot, rows: TokenRows
+) -> Generator[list[Unit], Sequence[UnitLoss], JsonObject]:
     """The same rows as one micro-batch and as one each: loss and gradient must not depend on it.
 
     ``loss_gap`` and ``gradient_gap`` are relative to the first; without dropout. The slot's
-    gradient must be zero, and is again afterwards.
+    gradient must be zero, and is again afterwards. The passes are the engine's own, which makes
+    them smaller where memory is short.
     """
     samples = some_rows(rows)
     labelled = int(labelled_counts(rows)[samples].sum())
@@ -33,8 +38,8 @@ def check_factoring(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
             make_unit(slot, rows, part, weight=1 / labelled, learns=True, most_tokens=_ROW_TOKENS)
             for part in parts
         ]
-        loss = sum(each.weighted for unit in units for each in warm.run([unit]))
-        found.append((loss, slot.gradient.clone()))
+        loss = sum(each.weighted for each in (yield units))
+        found.append((loss, slot.gradient.to("cpu", copy=True)))
         slot.gradient.zero_()
     (loss, gradient), (other_loss, other_gradient) = found
     norm = float(torch.linalg.vector_norm(gradient))
@@ -62,7 +67,7 @@ def check_isolation(warm: WarmBase, slot: Slot, rows: TokenRows) -> JsonObject:
         float((one.double() - other.double()).abs().max())
         for one, other in zip(together, alone, strict=True)
     )
-    return {"rows": len(samples), "packed": warm.packed, "max_logit_gap": _finite(gap)}
+    return {"rows": len(samples), "packed": warm.shares_passes, "max_logit_gap": _finite(gap)}
 
 
 def some_rows(rows: TokenRows) -> list[int]:

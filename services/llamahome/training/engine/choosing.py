@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llamahome.training.model import LoadedBase
 
 LONG_ROW_TOKENS = 2048
 
@@ -58,3 +62,12 @@ def start_virtual(others: Sequence[int]) -> int:
     """The tokens a new job is taken to have had: the least of the others, not zero, or it would
     hold them up until it has caught up with their past."""
     return min(others, default=0)
+
+
+def default_tick_tokens(loaded: LoadedBase) -> int:
+    """Where more tokens in a pass no longer make it faster: modelled for GPUs, not measured there;
+    on a CPU packing gains little, and the limit keeps a pass's memory small."""
+    if loaded.device.type != "cuda":
+        return 1024
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return 2048 if parameters > 5e9 else 8192

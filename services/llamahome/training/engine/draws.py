@@ -45,22 +45,31 @@ def key_of(key: DropKey, site: str) -> int:
 
 
 def keep_mask(
-    key: DropKey, site: str, rows: range, columns: int, dropout: Dropout, device: torch.device
-) -> torch.Tensor:
+    key: DropKey, site: str, rows: range, of: int, columns: int, dropout: Dropout,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
     """True where a value is kept: bool [len(rows), columns].
 
-    ``rows`` are places in the job's own micro-batch. The numbers are Philox4x64's (Salmon et al.
-    2011), four draws a word, a row beginning with a word of its own; on CUDA torch's Philox over
-    the whole micro-batch up to the last row: other numbers, the same independence.
+    ``rows`` are places in the job's own micro-batch, which has ``of``. The numbers are
+    Philox4x64's (Salmon et al. 2011), four draws a word, a row beginning with a word of its own; on
+    CUDA torch's Philox (:func:`torch_mask`): other numbers, the same independence.
     """
     if device.type == "cuda":
         generator = torch.Generator(device).manual_seed(key_of(key, site) & (2**63 - 1))
-        full = torch.empty(rows.stop, columns, dtype=torch.bool, device=device)
-        return full.bernoulli_(dropout.keep, generator=generator)[rows.start :]
+        return torch_mask(generator, rows, of, columns, dropout)
     words = math.ceil(columns / _PER_WORD)
     raw = np.random.Philox(key=key_of(key, site)).random_raw(rows.stop * words)
     draws = raw.view(np.uint16).reshape(rows.stop, words * _PER_WORD)
     return torch.from_numpy(draws[rows.start :, :columns] >= dropout.level)
+
+
+def torch_mask(
+    generator: torch.Generator, rows: range, of: int, columns: int, dropout: Dropout
+) -> torch.Tensor:
+    """Always drawn for the whole micro-batch: on CUDA a draw's place in the stream depends on the
+    size of the whole, so a part drawn by itself would drop others."""
+    full = torch.empty(of, columns, dtype=torch.bool, device=generator.device)
+    return full.bernoulli_(dropout.keep, generator=generator)[rows.start : rows.stop]
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,9 @@ class TrainingJob:
         self._merging = plan_merging(warm, self.slot) if config.lora.merge else None
         self.optimizer = SlotOptimizer(self.slot, config)
         self.plan = Plan.of(config, len(data.training))
-        self.gauges = Gauges.of(warm.model, self.slot.parameters, machine)
+        self.gauges = Gauges.of(
+            warm.model, self.slot.parameters, machine, warm.peak_memory.reader()
+        )
         self.reporter = Reporter(ports, self.plan, config, self.gauges)
         self.state = TrainState()
         self.best: Tensors | None = None
@@ -109,9 +111,8 @@ class TrainingJob:
         """
         begin(self, snapshot)
         if self.state.step == 0:
-            self.state.proofs["factoring"] = check_factoring(
-                self.warm, self.slot, self.data.training
-            )
+            factoring = yield from check_factoring(self.slot, self.data.training)
+            self.state.proofs["factoring"] = factoring
         self.watcher.train_begin(self.state)
         yield from self._act(self._due_after_step() | self._due_after_epoch())
         while not self.state.stopping.reason and self.state.place < self.plan.total_steps:

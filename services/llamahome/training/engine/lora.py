@@ -129,8 +129,8 @@ class _Part:
         unit, segment = self.segment.unit, self.segment
         assert unit.drops is not None
         rows = range(unit.first, unit.first + segment.end - segment.start)
-        shape = self.site.shape
-        return keep_mask(unit.drops, shape.name, rows, shape.columns, unit.slot.dropout, device)
+        shape, of = self.site.shape, unit.micro_batch_tokens
+        return keep_mask(unit.drops, shape.name, rows, of, shape.columns, unit.slot.dropout, device)
 
 
 class _Lora(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""How much memory a pass takes, and how many layers to recompute so that it fits."""
+"""How much memory a pass takes, how many layers to recompute so that it fits, and what a lack of it
+looks like."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from llamahome.errors import TrainingFailed
 
 _LOGIT_BYTES = 3 * 64 * 1024 * 1024  # the head's working set (losses.py)
 _TELLING_TOKENS = 512  # a smaller pass says little of what a token takes
@@ -95,3 +98,25 @@ class MemoryModel:
             raise torch.OutOfMemoryError(
                 f"a pass of {tokens} tokens takes {needed} bytes, and the limit is {self.limit}"
             )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking: a device's, or the host's, of which torch tells without a type of
+    its own, and Python and numpy with another."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def failure_of(error: Exception) -> Exception:
+    """What a job is told: of a lack of memory as TrainingFailed (``out_of_memory``), of anything
+    else as it was raised."""
+    if not is_out_of_memory(error):
+        return error
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    failed = TrainingFailed(
+        f"out of memory: {first}", code="out_of_memory",
+        remedy="Lower batch_size (and raise gradient_accumulation_steps) or max_length",
+    )  # fmt: skip
+    failed.__cause__ = error
+    return failed

@@ -64,11 +64,13 @@ def merge(
 ) -> Generator[list[Unit], Sequence[UnitLoss], None]:
     """Write ``folder/merged``, in a thread, and hold it against the adapter on its base.
 
+    Nothing is written any more once this has ended, however it did: then the folder may be removed.
     Raises TrainingFailed, Stopped, OSError.
     """
     target = folder / MERGED_FOLDER
     given_up = threading.Event()
-    with _pool() as pool:
+    # A thread of its own: the checkpoints of other jobs must not wait for a whole model.
+    with ThreadPoolExecutor(1, thread_name_prefix="merge") as pool:
         writing = pool.submit(
             write_merged, merging, target, _halves(job.slot), job.slot.scale,
             beat=job.saver.wake, stopped=given_up.is_set,
@@ -80,8 +82,8 @@ def merge(
                 yield from job.stop_if_asked()
                 yield []
         finally:
-            given_up.set()
-        writing.result()
+            given_up.set()  # and leaving the pool waits for its thread, which asks often
+    writing.result()
     found = check_merge(job.warm, job.slot, job.data.training, merging, target)
     job.state.proofs["merge"] = found
     share = found["argmax_agreement"]
@@ -157,13 +159,3 @@ def _halves(slot: Slot) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         )
         for name in names
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
-    """A thread of its own: the checkpoints of other jobs must not wait for a whole model."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="merge")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False)

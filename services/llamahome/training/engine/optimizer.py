@@ -16,13 +16,22 @@ _STEP = "step"
 
 
 class SlotOptimizer:
-    """torch's AdamW (Loshchilov and Hutter 2019) on a slot's weights, as one tensor."""
+    """torch's AdamW (Loshchilov and Hutter 2019) on a slot's weights, as one tensor.
+
+    Its moments are made here and not, as torch does it, at the first step: where there is no room
+    for them, the job has not begun.
+    """
 
     def __init__(self, slot: Slot, config: TrainingConfig) -> None:
         self._slot, self._max_norm = slot, config.max_grad_norm
         self._adamw = torch.optim.AdamW(
             [slot.weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
+        # As torch begins: for its fused kernels the count of steps lies beside the weights.
+        self._state = self._adamw.state[slot.weights]
+        self._state[_STEP] = torch.zeros((), dtype=torch.float32, device=slot.weights.device)
+        for what in _MOMENTS:
+            self._state[what] = torch.zeros_like(slot.weights.data)
 
     @property
     def adamw(self) -> torch.optim.AdamW:
@@ -53,28 +62,24 @@ class SlotOptimizer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Moments and step count, copies on the CPU, as ``<what>/<parameter>``; {} at the start."""
-        state = self._adamw.state.get(self._slot.weights, {})
-        if not state:
+        if not self._state[_STEP]:
             return {}
         named = {
             f"{what}/{name}": tensor
             for what in _MOMENTS
-            for name, tensor in self._slot.named(state[what]).items()
+            for name, tensor in self._slot.named(self._state[what]).items()
         }
-        return named | {_STEP: state[_STEP].to("cpu", copy=True)}
+        return named | {_STEP: self._state[_STEP].to("cpu", copy=True)}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of :meth:`tensors`."""
         if not tensors:
             return
-        weights = self._slot.weights
-        state: dict[str, torch.Tensor] = {_STEP: tensors[_STEP].to(weights.device, copy=True)}
+        self._state[_STEP].copy_(tensors[_STEP])
         for what in _MOMENTS:
-            state[what] = torch.zeros_like(weights.data)
             mine = {
                 key.removeprefix(f"{what}/"): value
                 for key, value in tensors.items()
                 if key.startswith(f"{what}/")
             }
-            self._slot.load(mine, into=state[what])
-        self._adamw.state[weights].update(state)
+            self._slot.load(mine, into=self._state[what])

@@ -25,8 +25,9 @@ class Unit:
     ``rows`` are those of a micro-batch with a label in them, each without what follows its last
     labelled place, which no loss depends on. ``places`` [N] are where a labelled token is
     predicted, counted over the rows laid end to end, ``targets`` [N] those tokens. ``weight``
-    multiplies each label's loss. ``drops`` is None where nothing is learned. ``first`` is the place
-    of the unit's first token in its micro-batch, other than 0 only in a part of one.
+    multiplies each label's loss. ``drops`` is None where nothing is learned. Only a part of a
+    micro-batch has other than 0 in ``first``, the place of its first token there, and in ``whole``,
+    the tokens of all its parts.
     """
 
     slot: Slot
@@ -37,6 +38,12 @@ class Unit:
     learns: bool
     drops: DropKey | None = None
     first: int = 0
+    whole: int = 0
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Those of the micro-batch that it is, or is a part of."""
+        return self.whole or self.tokens
 
     @functools.cached_property
     def tokens(self) -> int:
@@ -104,6 +111,7 @@ def split_unit(unit: Unit, tokens: int) -> list[Unit]:
                 places=unit.places[mine] - place,
                 targets=unit.targets[mine],
                 first=unit.first + place,
+                whole=unit.micro_batch_tokens,
             )  # fmt: skip
         )
         begin, place = end, place + size

@@ -81,7 +81,7 @@ class Slot:
         self.gradient = torch.zeros(size, dtype=master, device=device)
         self.weights.grad = self.gradient
         self._compute = self.weights.data if dtype is master else self.weights.data.to(dtype)
-        self._kept: torch.Tensor | None = None
+        self._kept = torch.zeros_like(self.gradient)  # room that is lacking later ends the job
         self._began: torch.Tensor | None = None  # an earlier adapter's; None: B began as zeros
         self.pairs: Mapping[str, Pair] = {site.name: self._pair(site.name) for site in self._sites}
         for site in self._sites:
@@ -186,13 +186,10 @@ class Slot:
 
     def keep_gradient(self) -> None:
         """Remember the gradient, so that a pass that breaks off half-way can be undone."""
-        if self._kept is None:
-            self._kept = torch.empty_like(self.gradient)
         self._kept.copy_(self.gradient)
 
     def undo_gradient(self) -> None:
         """Back to what :meth:`keep_gradient` saw."""
-        assert self._kept is not None
         self.gradient.copy_(self._kept)
 
 

@@ -12,13 +12,23 @@ from typing import TypeAlias
 import torch
 
 from llamahome.config import TrainingConfig
-from llamahome.errors import Stopped, TrainingFailed
+from llamahome.errors import Stopped
 from llamahome.schemas import BaseRef, JobSpec, StopReason
 from llamahome.training.checkpoints import Snapshot, Tensors
 from llamahome.training.data import TokenData
-from llamahome.training.engine.choosing import Offer, choose, start_virtual
+from llamahome.training.engine.choosing import (
+    Offer,
+    choose,
+    default_tick_tokens,
+    start_virtual,
+)
 from llamahome.training.engine.job import Life, TrainingJob, Watch
-from llamahome.training.engine.memory import MemoryModel, Shape
+from llamahome.training.engine.memory import (
+    MemoryModel,
+    Shape,
+    failure_of,
+    is_out_of_memory,
+)
 from llamahome.training.engine.outcome import training_report
 from llamahome.training.engine.passes import Unit, split_unit
 from llamahome.training.engine.saving import Saver
@@ -43,6 +53,7 @@ class _Running:
     admitted: int
     virtual: int
     begun: bool = False
+    part_tokens: int | None = None  # a unit with more is cut: it did not fit alone
     work: list[Unit] = dataclasses.field(default_factory=list)
     done: list[UnitLoss] = dataclasses.field(default_factory=list)
 
@@ -65,8 +76,8 @@ class Engine:
         self.memory = MemoryModel(
             Shape.of(loaded.model, loaded.dtype), loaded.device, machine.memory_bytes
         )
-        self.tick_tokens = machine.tick_tokens or _default_tick_tokens(loaded)
-        self._part_tokens: int | None = None  # a unit with more is cut: it did not fit alone
+        self._most_tokens = machine.tick_tokens or default_tick_tokens(loaded)
+        self.tick_tokens = self._most_tokens
         self._jobs: list[_Running] = []
         self._admitted = 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -111,8 +122,10 @@ class Engine:
             job = TrainingJob(
                 spec, config, data, ports, machine, self.warm, saver, start=start, watch=watch
             )
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise failure_of(error) from error
         virtual = start_virtual([running.virtual for running in self._jobs])
         running = _Running(job, job.life(snapshot), on_end, self._admitted, virtual)
         self._admitted += 1
@@ -145,7 +158,7 @@ class Engine:
         except (EOFError, BrokenPipeError):
             raise
         except Exception as error:  # told to its owner; the others' jobs go on
-            self._end(running, error)
+            self._end(running, failure_of(error))
             return False
         return True
 
@@ -168,21 +181,30 @@ class Engine:
             self._finish(running, stop.value)
         except (EOFError, BrokenPipeError):
             raise
-        except torch.OutOfMemoryError as error:
-            self._end(running, out_of_memory(error))
         except Exception as error:  # whatever it is, it is this job's own and told to its owner
-            self._end(running, error)
+            self._end(running, failure_of(error))
 
     def _finish(self, running: _Running, folder: Path) -> None:
-        unchanged = checksum(self.warm.model) == self.warm.loaded.checksum
-        report = training_report(running.job, base_unchanged=unchanged)
+        try:
+            unchanged = checksum(self.warm.model) == self.warm.loaded.checksum
+            report = training_report(running.job, base_unchanged=unchanged)
+        except Exception as error:  # a lack of memory, on a device that is nearly full
+            self._end(running, failure_of(error))
+            return
         self._end(running, TrainedAdapter(folder, report))
 
     def _end(self, running: _Running, outcome: TrainedAdapter | Exception) -> None:
         running.life.close()
         running.job.saver.abandon()
         self._jobs.remove(running)
+        self._grow()
         running.on_end(outcome)
+
+    def _grow(self) -> None:
+        """One job fewer: what did not fit beside it may now."""
+        self.tick_tokens = self._most_tokens
+        for running in self._jobs:
+            running.part_tokens = None
 
     def _pass(self) -> None:
         """The next units of the jobs whose turn it is, through the base together."""
@@ -213,7 +235,8 @@ class Engine:
             ]
             for running in self._jobs
         ]  # fmt: skip
-        counts = choose(offers, self.tick_tokens)
+        # A budget of nothing is a pass of one unit.
+        counts = choose(offers, 0 if self.warm.why_apart else self.tick_tokens)
         return [(running, n) for running, n in zip(self._jobs, counts, strict=True) if n]
 
     def _run(self, units: list[Unit], owners: Sequence[_Running]) -> list[UnitLoss] | None:
@@ -229,20 +252,22 @@ class Engine:
                 for slot in slots:
                     slot.keep_gradient()
                     kept.append(slot)
-                return self._fitting(units)
-            except torch.OutOfMemoryError as error:
+                return self._fitting(units, owners[0].part_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 for slot in kept:
                     slot.undo_gradient()
                 self._shrink(units, owners, error)
                 return None
 
-    def _fitting(self, units: list[Unit]) -> list[UnitLoss]:
+    def _fitting(self, units: list[Unit], part_tokens: int | None) -> list[UnitLoss]:
         tokens = sum(unit.tokens for unit in units)
         if units[0].learns:
             recomputation = self.warm.recomputation
             recomputation.layers = self.memory.layers_to_recompute(tokens, recomputation.most)
-        if len(units) == 1 and self._part_tokens is not None and tokens > self._part_tokens:
-            return [self._in_parts(units[0], self._part_tokens)]
+        if len(units) == 1 and part_tokens is not None and tokens > part_tokens:
+            return [self._in_parts(units[0], part_tokens)]
         return self._one_pass(units)
 
     def _in_parts(self, unit: Unit, tokens: int) -> UnitLoss:
@@ -257,51 +282,31 @@ class Engine:
         device = self.warm.loaded.device
         if device.type != "cuda":
             return self.warm.run(units)
-        torch.cuda.reset_peak_memory_stats(device)
+        self.warm.peak_memory.take()
         before = torch.cuda.memory_allocated(device)
         losses = self.warm.run(units)
         used = torch.cuda.max_memory_allocated(device) - before
         self.memory.observe(tokens, recomputed, used)
         return losses
 
-    def _shrink(
-        self, units: list[Unit], owners: Sequence[_Running], error: torch.OutOfMemoryError
-    ) -> None:
+    def _shrink(self, units: list[Unit], owners: Sequence[_Running], error: Exception) -> None:
         """Halve the tick, or cut what did not fit alone; a row that does not fit fails its job."""
         if self.warm.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
-        tokens = sum(unit.tokens for unit in units)
+        tokens, part_tokens = sum(unit.tokens for unit in units), owners[0].part_tokens
         if len(units) > 1:
             self.tick_tokens = tokens // 2
-        elif len(units[0].rows) == 1 or (self._part_tokens or tokens) <= units[0].longest:
-            self._end(owners[0], out_of_memory(error))
+        elif len(units[0].rows) == 1 or (part_tokens or tokens) <= units[0].longest:
+            self._end(owners[0], failure_of(error))
             return
         else:
-            self._part_tokens = min(self._part_tokens or tokens, tokens) // 2
+            owners[0].part_tokens = min(part_tokens or tokens, tokens) // 2
         for running in owners:
             running.job.reporter.say(
-                f"Out of memory with {tokens} tokens in a pass: it is done in smaller ones from "
-                "now on",
+                f"Out of memory with {tokens} tokens in a pass: it is done in smaller ones until "
+                "a job has ended",
                 level="warn",
             )
-
-
-def out_of_memory(error: torch.OutOfMemoryError) -> TrainingFailed:
-    failed = TrainingFailed(
-        f"out of memory: {str(error).splitlines()[0]}", code="out_of_memory",
-        remedy="Lower batch_size (and raise gradient_accumulation_steps) or max_length",
-    )  # fmt: skip
-    failed.__cause__ = error
-    return failed
-
-
-def _default_tick_tokens(loaded: LoadedBase) -> int:
-    """Where more tokens in a pass no longer make it faster: modelled for GPUs, not measured there;
-    on a CPU packing gains little, and the limit keeps a pass's memory small."""
-    if loaded.device.type != "cuda":
-        return 1024
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return 2048 if parameters > 5e9 else 8192
 
 
 def _nothing() -> None:

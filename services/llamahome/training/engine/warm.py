@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -25,13 +23,21 @@ from llamahome.training.engine.added import (
 )
 from llamahome.training.engine.lora import Board, LoraLinear
 from llamahome.training.engine.losses import Head
+from llamahome.training.engine.memory import is_out_of_memory
 from llamahome.training.engine.passes import Pass, Segment, Unit, make_pass, row_block
+from llamahome.training.engine.probe import (
+    own_logits,
+    probe_rows,
+    probe_units,
+    unlike_head,
+    unlike_in_bits,
+    unlike_own,
+    unlike_shorter,
+)
 from llamahome.training.engine.recompute import Recomputation
 from llamahome.training.engine.slots import Slot
+from llamahome.training.gauges import PeakMemory
 from llamahome.training.model import LoadedBase, target_modules
-
-_PROBE_LENGTHS = (5, 17, 9)
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,8 @@ class WarmBase:
 
     ``packed`` says whether sequences go through it side by side. Where they cannot (the base does
     not take positions, or its attention is of another kind), ``why_not`` tells the reason, and each
-    sequence goes through alone, by the base's own attention: slower, and as right.
+    sequence goes through alone, by the base's own attention: slower, and as right. ``why_apart`` is
+    set where they can, but a unit must have its pass to itself to have the bits that it has alone.
     """
 
     def __init__(self, loaded: LoadedBase, threads: int) -> None:
@@ -55,6 +62,7 @@ class WarmBase:
         self.model: Any = loaded.model
         self.block = row_block(loaded.device, threads)
         self.board = Board(loaded.device, loaded.dtype)
+        self.peak_memory = PeakMemory(loaded.device)
         head = self.model.get_output_embeddings()
         self._sites: dict[str, LoraLinear] = {}
         for name, module in self.model.named_modules():
@@ -64,6 +72,7 @@ class WarmBase:
         self.recomputation = Recomputation(self.model)
         self._head = Head(head.weight, getattr(head, "bias", None))
         self._own_attention: str = self.model.config._attn_implementation
+        self.why_apart: str | None = None
         self.why_not = self._try_packed()
         self.packed = self.why_not is None
 
@@ -105,18 +114,25 @@ class WarmBase:
         return slot
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether units go through it side by side."""
+        return self.packed and self.why_apart is None
+
+    @property
     def transposed(self) -> bool:
         """True where the base keeps its weights as [in, out], as GPT-2 does."""
         return any(isinstance(site.module, Conv1D) for site in self._sites.values())
 
     def run(self, units: Sequence[Unit]) -> list[UnitLoss]:
         """One pass over units of which all learn, or none. Gradients are added to their slots'.
+        One unit at a time where there is a reason, ``why_apart``.
 
         Raises torch.OutOfMemoryError; then the slots' gradients hold a part of the pass.
         """
         filled = [unit for unit in units if len(unit.targets)]
         if not filled:
             return [UnitLoss(0.0, 0.0) for _ in units]
+        assert self.why_apart is None or len(filled) == 1, self.why_apart
         whole = make_pass(filled, self.block, self.loaded.device)
         with torch.set_grad_enabled(whole.learns):
             losses = self._packed(whole) if self.packed else self._one_by_one(whole)
@@ -125,6 +141,8 @@ class WarmBase:
 
     def logits(self, units: Sequence[Unit]) -> list[torch.Tensor]:
         """The logits at each unit's labelled places, [N, vocabulary], without learning."""
+        if self.why_apart is not None and len(units) > 1:
+            return [self.logits([unit])[0] for unit in units]
         whole = make_pass(units, self.block, self.loaded.device)
         if not self.packed:
             return [self._logits_row_by_row(segment) for segment in whole.segments]
@@ -221,63 +239,37 @@ class WarmBase:
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0, whole.places]
 
+    @torch.no_grad()
     def _try_packed(self) -> str | None:
         """Compare packed logits with the base's own on a few sequences. None, or why not."""
-        if found := _unlike_alone(self.model.config):
+        if found := unlike_shorter(self.model.config):
             return found
-        attention.register()
-        vocabulary = self.loaded.vocabulary
-        context = self.loaded.context or max(_PROBE_LENGTHS)
-        draw = np.random.default_rng(0)
-        rows = [
-            draw.integers(0, vocabulary, min(length, context)).astype(np.int32)
-            for length in _PROBE_LENGTHS
-        ]
-        probe = Slot.without_layers(self.loaded.device, self.loaded.dtype)
-        units = [
-            Unit(probe, (row,), np.arange(len(row)), np.zeros(len(row), np.int64), 1.0, False)
-            for row in rows
-        ]
-        with torch.no_grad():
-            own = [
-                self.model(
-                    input_ids=torch.from_numpy(row)[None].long().to(self.loaded.device),
-                    use_cache=False,
-                ).logits[0]
-                for row in rows
-            ]
-            try:
-                self.model.set_attn_implementation(attention.NAME)
-                if self.model.config._attn_implementation != attention.NAME:
-                    raise NotImplementedError("its attention cannot be replaced")
-                self.packed = True
-                ours = self.logits(units)
-            except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
-                self._back_to_own()
-                return f"{type(error).__name__}: {error}"
-        gap = max(float((a.cpu() - b).abs().max()) for a, b in zip(own, ours, strict=True))
-        scale = max(1.0, *(float(each.abs().max()) for each in own))
-        if not gap <= _CLOSE[self.loaded.dtype] * scale:
+        rows = probe_rows(self.loaded)
+        units = probe_units(rows, self.loaded)
+        own = [own_logits(self.loaded, row) for row in rows]
+        try:
+            if found := unlike_head(self.loaded, self._head, rows, own):
+                return found
+            attention.register()
+            self.model.set_attn_implementation(attention.NAME)
+            if self.model.config._attn_implementation != attention.NAME:
+                raise NotImplementedError("its attention cannot be replaced")
+            self.packed = True
+            ours = self.logits(units)
+            if (found := unlike_own(self.loaded, ours, own)) is None:
+                alone = [self.logits([unit])[0] for unit in units]
+                self.why_apart = unlike_in_bits(self.loaded, ours, alone)
+        except Exception as error:  # whatever a base may do with what it was not made for
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise  # which says nothing of the base
+            found = f"{type(error).__name__}: {error}"
+        if found is not None:
             self._back_to_own()
-            return f"packed logits differ from the base's own by {gap:.3g}"
-        return None
+        return found
 
     def _back_to_own(self) -> None:
         self.packed = False
         self.model.set_attn_implementation(self._own_attention)
-
-
-def _unlike_alone(config: Any) -> str | None:
-    """What in a base's config makes a packed row unlike the row alone, where a probe of a few short
-    rows cannot see it; None where nothing does."""
-    text = config.get_text_config()
-    # The longest row of a pass would choose the frequencies of all its rows.
-    if "longrope" in json.dumps(getattr(text, "rope_parameters", None), default=str):
-        return "its rotary frequencies depend on the longest row of a pass (longrope)"
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(text, name, None) not in (None, 1, 1.0):
-            return f"its logits are not the head's alone ({name})"
-    return None
 
 
 def _rows_of(segment: Segment, device: torch.device) -> list[Pass]:
@@ -287,7 +279,7 @@ def _rows_of(segment: Segment, device: torch.device) -> list[Pass]:
         mine = (unit.places >= place) & (unit.places < place + len(row))
         alone = dataclasses.replace(
             unit, rows=(row,), places=unit.places[mine] - place, targets=unit.targets[mine],
-            first=unit.first + place,
+            first=unit.first + place, whole=unit.micro_batch_tokens,
         )  # fmt: skip
         passes.append(make_pass([alone], 1, device))
         place += len(row)
