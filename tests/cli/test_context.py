@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from llamahome.cli.context import Endpoint, endpoint, read_endpoint, write_endpoint
+from llamahome.cli.context import (
+    Endpoint,
+    command_line,
+    endpoint,
+    open_ledger,
+    read_endpoint,
+    write_endpoint,
+)
+from llamahome.config import load_settings
 from llamahome.errors import InvalidConfig, InvalidData, NotFound
 
 
@@ -80,3 +88,22 @@ def test_a_torn_endpoint_file_is_named(tmp_path: Path, content: str) -> None:
     with pytest.raises(InvalidData, match="is not an endpoint file") as torn:
         read_endpoint(file)
     assert torn.value.place.file == str(file)
+
+
+@pytest.mark.parametrize("name", ["a?b", "50%25", "c#d", "e f"])
+def test_the_ledger_of_a_state_folder_is_found_whatever_the_folder_is_called(
+    tmp_path: Path, name: str
+) -> None:
+    settings = load_settings(state=tmp_path / name)
+    with pytest.raises(NotFound, match="no such ledger") as missing:
+        open_ledger(settings)
+    assert missing.value.place.file == str(tmp_path / name / "ledger.sqlite3")
+    assert not (tmp_path / name).exists()
+    open_ledger(settings, create=True).close()
+    open_ledger(settings).close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_suggested_command_can_be_pasted() -> None:
+    assert command_line("ps", Path("a $b")) == "`llamahome ps --state 'a $b'`"
+    assert command_line("ps", None) == "`llamahome ps`"

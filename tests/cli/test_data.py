@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,49 @@ def test_rejected_rows_are_not_written_over_what_is_read(llamahome: RunCommand, 
     assert ran.code != 0
     assert "--quarantine" in ran.err
     assert rows.read_bytes() == before
+
+
+def test_an_interrupted_run_leaves_the_earlier_quarantine(
+    llamahome: RunCommand, rows: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "bad.jsonl"
+    earlier.write_text("earlier\n")
+    (tmp_path / "link.jsonl").symlink_to(earlier)
+    before = sorted(tmp_path.iterdir())
+    ran = llamahome("validate", rows, tmp_path / "none.jsonl", "--quarantine", earlier)
+    assert ran.code == 1
+    assert earlier.read_text() == "earlier\n"
+    assert sorted(tmp_path.iterdir()) == before
+    assert llamahome("validate", rows, "--quarantine", tmp_path / "link.jsonl").code == 0
+    assert json.loads(earlier.read_text())["raw"] == "no JSON"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_read_is_not_taken_for_an_unfinished_quarantine(
+    llamahome: RunCommand, rows: Path, tmp_path: Path
+) -> None:
+    partial = rows.rename(tmp_path / "bad.jsonl.partial")
+    before = partial.read_bytes()
+    ran = llamahome("validate", partial, "--quarantine", tmp_path / "bad.jsonl")
+    assert ran.code != 0
+    assert "bad.jsonl.partial is one of the files to check" in ran.err
+    assert partial.read_bytes() == before
+
+
+def test_a_pipe_is_written_to_and_no_device_is_replaced(
+    llamahome: RunCommand, rows: Path, tmp_path: Path
+) -> None:
+    assert llamahome("validate", rows, "--quarantine", "/dev/null").code == 0
+    assert not Path("/dev/null").is_file()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert llamahome("validate", rows, "--quarantine", pipe).code == 0
+        assert json.loads(os.read(reader, 65536))["raw"] == "no JSON"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_validate_fails_where_a_job_would(
@@ -133,3 +179,20 @@ def test_inspect_shows_markers_as_a_job_would_have_them(
     text = "<s><|user|>hi<|enduser|><|assistant|>[hello<|endassistant|></s>]"
     assert text in shown.out.replace("][", "")
     assert llamahome("validate", rows, "--set", "template=markers").code == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_stdout_that_lacks_a_character_gets_an_escape(
+    tmp_path: Path, base: Path, encoding: str
+) -> None:
+    file = tmp_path / "ж.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ж 你 é"}]
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    shown = "ж".encode(encoding, "backslashreplace").decode(encoding)
+    for words in (["inspect", file, "--base", base, "--all"], ["validate", file]):
+        ran = subprocess.run(
+            [sys.executable, "-m", "llamahome.cli", *words],
+            capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        assert f"{shown}.jsonl" in ran.stdout.decode(encoding)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -216,11 +217,11 @@ def test_dead_around_the_moment_a_checkpoint_is_pointed_to_it_ends_with_the_same
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_child(
-    train: Train, place: Path, undisturbed: Path, tmp_path: Path
+    train: Train, llamahome: RunCommand, place: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """BEHAVIOUR 63: no orphan is left."""
-    out = tmp_path / "out"
-    with running(place, out) as process:
+    """BEHAVIOUR 63: no orphan is left. The line that says how can be pasted."""
+    out = tmp_path / "an $out"
+    with running(place, out, "--") as process:
         await_checkpoint(out, process)
         below = engines(process)
         locked = train(place, out)
@@ -229,15 +230,28 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_no_child(
     assert process.returncode == 130, log
     assert f"another run works in it (pid {process.pid} on " in locked.err
     assert locked.code == 2
-    assert "Go on with: llamahome train" in log
-    assert log.rstrip().endswith("--resume")
+    again = shlex.split(log.rstrip().rpartition("Go on with: ")[2])
+    assert again[:2] == ["llamahome", "train"]
     assert gone(below)
     assert not (out / "checkpoints" / "scratch").exists()
 
-    resumed = train(place, out, "--resume")
+    resumed = llamahome(*again[1:])
 
     assert resumed.code == 0, resumed.err
     assert weights(out) == weights(undisturbed)
+
+
+def test_a_folder_is_configured_by_its_name(
+    llamahome: RunCommand, base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".config").mkdir()
+    (tmp_path / ".config" / "training_config.yaml").write_text("model_configs: {base: {seed: -1}}")
+    for base in (base_folder, "./base", "base", "base/../base"):
+        ran = llamahome("train", rows, "--base", base, "--out", tmp_path / "out")
+        assert ran.code == 2
+        assert "model_configs.base, seed: " in ran.err
+    ran = llamahome("inspect", rows, "--base", "./base")
+    assert "model_configs.base, seed: " in ran.err
 
 
 def test_watched_by_callbacks_in_this_process_it_has_the_same_bytes(

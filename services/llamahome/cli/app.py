@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -71,11 +73,19 @@ app.command("gateway")(processes.gateway)
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are shown as :mod:`exits` says."""
     words, debug = _take_debug(arguments)
+    _print_anything()
     try:
-        code = app(args=words, prog_name="llamahome", standalone_mode=False)
+        code = app(args=words, prog_name="llamahome", standalone_mode=False, obj=words)
     except (Exception, KeyboardInterrupt) as error:
         return report(error, debug=debug, stderr_is_log=words[:1] in processes.COMMANDS)
     return code if isinstance(code, int) else 0
+
+
+def _print_anything() -> None:
+    """Characters that the encoding of stdout does not have are written as escapes, which stderr
+    does by itself: rows and file names may hold any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:

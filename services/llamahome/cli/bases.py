@@ -10,7 +10,7 @@ from typing import Any
 from llamahome.errors import InvalidConfig, InvalidData, NotFound
 from llamahome.storage.bases import base_digest, base_files
 
-__all__ = ["base_digest", "check_base", "check_name"]
+__all__ = ["base_digest", "base_name", "check_base", "check_name"]
 
 # No ':' and no '/': the name stands in `ft:<base>:...`, which clients take apart at the colons, and
 # in URL paths, where proxies decode %2F.
@@ -28,6 +28,11 @@ def check_name(name: str) -> str:
             field="NAME", remedy=example,
         )  # fmt: skip
     return name
+
+
+def base_name(base: str) -> str:
+    """What a base given as ``--base`` is called: a folder goes by its own name."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def check_base(folder: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import unquote
 
 import typer
 
@@ -115,7 +117,7 @@ def open_ledger(settings: Settings, *, create: bool = False) -> Ledger:
     require("fleet")
     from llamahome.ledger import Ledger
 
-    file = settings.ledger.partition("sqlite:///")[2]
+    file = unquote(settings.ledger.partition("sqlite:///")[2].partition("?")[0])
     if file and not create and not Path(file).is_file():
         raise NotFound(
             "no such ledger", file=file, code="no_ledger",
@@ -143,7 +145,8 @@ def group(text: str) -> typer.Typer:
 
 def command_line(words: str, state: Path | None) -> str:
     """A command to suggest: it names the state folder that this one was given."""
-    return f"`llamahome {words}{f' --state {state}' if state is not None else ''}`"
+    named = "" if state is None else f" --state {shlex.quote(str(state))}"
+    return f"`llamahome {words}{named}`"
 
 
 def write_endpoint(file: Path, where: Endpoint) -> None:

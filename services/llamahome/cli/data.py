@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from llamahome.cli.bases import base_name
 from llamahome.cli.context import Json, State, direct_settings, open_ledger
 from llamahome.cli.exits import require
 from llamahome.cli.output import put, put_json, say
@@ -32,6 +33,7 @@ Format = Annotated[
     typer.Option(metavar="NAME", help="The rows' format; found out where it is not given."),
 ]
 _TRAINED, _CONTROL = "green", "yellow"
+_DEVICES = Path("/dev")
 
 
 def validate(
@@ -106,7 +108,7 @@ def inspect(
 
     if sum((line is not None, count is not None, every)) > 1:
         raise InvalidConfig("--line, -n and --all exclude each other", code="usage")
-    config = _config(base, recipe, assignments).model_dump(mode="json")
+    config = _config(base_name(base), recipe, assignments).model_dump(mode="json")
     if format is not None:
         config["validation"]["format"] = format
     limit = None if every or line is not None else (count or 1)
@@ -126,37 +128,58 @@ def inspect(
 
 def _check_elsewhere(quarantine: Path | None, files: Sequence[Path]) -> None:
     """Raises InvalidConfig where the rejected rows would be written over what is read."""
-    if quarantine is None or not quarantine.exists():
-        return
-    if any(file.exists() and file.samefile(quarantine) for file in files):
-        raise InvalidConfig(
-            f"{quarantine} is one of the files to check", field="--quarantine",
-            remedy="Name another file for the rejected rows",
-        )  # fmt: skip
+    for written in (quarantine, _partial(quarantine)) if quarantine is not None else ():
+        if written is None or not written.exists():
+            continue
+        if any(file.exists() and file.samefile(written) for file in files):
+            raise InvalidConfig(
+                f"{written} is one of the files to check", field="--quarantine",
+                remedy="Name another file for the rejected rows",
+            )  # fmt: skip
 
 
 class _Quarantine:
-    """Rejected rows as JSON lines, where a file for them was named."""
+    """Rejected rows as JSON lines, where a file for them was named.
+
+    An earlier file is replaced once all is written, by a rename.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._partial = _partial(path) if path is not None else None
         self._stream: TextIO | None = None
         self.rows = 0
 
     def __enter__(self) -> _Quarantine:
-        if self._path is not None:
-            self._stream = self._path.open("w", encoding="utf-8")
+        place = self._partial or self._path
+        if place is not None:
+            self._stream = place.open("w", encoding="utf-8")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if self._stream is None or self._path is None:
+            return
+        try:
             self._stream.close()
+            if self._partial is not None and failed is None:
+                self._partial.replace(self._path.resolve())
+        finally:
+            if self._partial is not None:
+                self._partial.unlink(missing_ok=True)
 
     def take(self, rejected: Rejected, raw: str) -> None:
         if self._stream is not None:
             body = {**rejected.model_dump(mode="json"), "raw": raw}
             self._stream.write(json.dumps(body, ensure_ascii=False) + "\n")
             self.rows += 1
+
+
+def _partial(path: Path) -> Path | None:
+    """Where it is written first; None for a device, a pipe and /dev/stdout, whatever that is."""
+    place = path.resolve()
+    if _DEVICES in path.absolute().parents or (place.exists() and not place.is_file()):
+        return None
+    return place.with_name(f"{place.name}.partial")
 
 
 def _config(

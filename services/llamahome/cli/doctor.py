@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -214,7 +215,8 @@ def registered_bases(ledger: Ledger) -> Iterator[Check]:
         else:
             yield Check(
                 name, "fail", f"{folder} has sha256 {digest[:12]}, not {base.digest[:12]}",
-                f"Restore its files, or register it anew: models add {base.name} {folder}",
+                "Restore its files, or register it anew: "
+                f"models add {base.name} {shlex.quote(str(folder))}",
             )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -87,4 +88,4 @@ def make_tiny(
         put_json({"path": str(folder.resolve()), "digest": digest})
     else:
         put(f"{folder} {digest}")
-        say(f"register it: llamahome models add tiny {folder}")
+        say(f"register it: llamahome models add tiny {shlex.quote(str(folder))}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llamahome.cli.bases import base_name
 from llamahome.cli.context import Json, State, direct_settings, open_ledger
 from llamahome.cli.data import Assignments
 from llamahome.cli.exits import INTERRUPTED, USAGE, USER, EndedWith, require
@@ -36,6 +37,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 
 def train(
+    context: typer.Context,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Training files.")],
     base: Annotated[str, typer.Option(metavar="NAME", help="A registered base, or its folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The adapter will be in DIR/adapter.")],
@@ -68,7 +70,7 @@ def train(
 
     with _exit_codes():
         settings = direct_settings(state)
-        config = _config(base, recipe, assignments, adapter)
+        config = _config(base_name(base), recipe, assignments, adapter)
         ref = _base(base, settings)
         stops = _Stops()
         try:
@@ -79,13 +81,13 @@ def train(
                     adapter=adapter, resume=resume, settings=settings, watch=watch,
                 )  # fmt: skip
         except Stopped as stopped:
-            _say_stopped(stopped, out)
+            _say_stopped(stopped, out, context.obj, resume=resume)
             raise typer.Exit(stops.exit_code) from None
     _show(done, as_json=as_json)
 
 
 def _config(
-    base: str, recipe: str | None, assignments: list[str] | None, adapter: Path | None
+    model_name: str, recipe: str | None, assignments: list[str] | None, adapter: Path | None
 ) -> TrainingConfig:
     """An earlier adapter keeps its own LoRA, which no file or recipe knows of."""
     from llamahome.config import parse_assignments, resolve_training_config
@@ -94,7 +96,7 @@ def _config(
     layers = [("--set", parse_assignments(assignments or []))]
     if adapter is not None:
         layers.insert(0, ("--adapter", read_adapter(adapter).earlier.layer))
-    return resolve_training_config(model_name=base, recipe=recipe, layers=layers)
+    return resolve_training_config(model_name=model_name, recipe=recipe, layers=layers)
 
 
 def _base(base: str, settings: Settings) -> BaseRef:
@@ -183,11 +185,12 @@ class _Stops:
                 signal.signal(number, handler)
 
 
-def _say_stopped(stopped: LlamaHomeError, out: Path) -> None:
+def _say_stopped(stopped: LlamaHomeError, out: Path, command: list[str], *, resume: bool) -> None:
     say(f"{stopped.message[:1].upper()}{stopped.message[1:]}")
     if any((out / "checkpoints").glob("**/checkpoint-*")):
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        say(f"Go on with: {shlex.join(['llamahome', *words, '--resume'])}")
+        at = command.index("train") + 1  # not at the end: what follows a "--" is a file
+        again = command if resume else [*command[:at], "--resume", *command[at:]]
+        say(f"Go on with: {shlex.join(['llamahome', *again])}")
     else:
         say("Nothing was saved yet: the same command starts afresh")
 

@@ -17,10 +17,10 @@ from llamahome.config.sources import (
     load_recipe,
     merge,
     parse_assignments,
-    read_yaml_mapping,
     recipes,
     resolve_training_config,
 )
+from llamahome.config.strict_yaml import read_yaml_mapping
 from llamahome.config.training import TrainingConfig, parse_training_config
 
 __all__ = [

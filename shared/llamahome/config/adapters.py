@@ -9,7 +9,7 @@ import dataclasses
 import json
 from typing import Any
 
-from llamahome.config.training import LoraConfig, TrainingConfig, parse_training_config
+from llamahome.config.training import LoraConfig, TrainingConfig, parse_training_config, shown
 from llamahome.errors import InvalidConfig
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -81,26 +81,19 @@ def read_adapter_config(content: bytes, name: str) -> EarlierAdapter:
     """
     try:
         body = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unusable(name, f"has a broken {ADAPTER_CONFIG_NAME} ({error})") from None
     if not isinstance(body, dict):
         raise _unusable(name, f"has no object in its {ADAPTER_CONFIG_NAME}")
     if body.get("peft_type") != "LORA":
-        raise _unusable(name, f"is of type {body.get('peft_type')!r}; only LORA is supported")
+        raise _unusable(name, f"is of type {shown(body.get('peft_type'))}; only LORA is supported")
     if body.get("bias", "none") != "none":
-        raise _unusable(name, f"has bias {body['bias']!r}; only 'none' is supported")
+        raise _unusable(name, f"has bias {shown(body['bias'])}; only 'none' is supported")
     _check_plain(body, name)
-    modules = body.get("target_modules")
-    if not isinstance(modules, list):
-        raise _unusable(name, f"has target_modules {modules!r}, which is no list of names")
-    try:
-        values = {
-            "r": body["r"], "alpha": body["lora_alpha"], "target_modules": sorted(modules),
-            "use_rslora": body.get("use_rslora", False),
-        }  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise _unusable(name, f"has an incomplete {ADAPTER_CONFIG_NAME}: {error}") from None
-    lora = parse_training_config({"lora": values}, source=f"adapter {name}").lora
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in body:
+            raise _unusable(name, f"has no {key} in its {ADAPTER_CONFIG_NAME}")
+    lora = _lora(body, name)
     base = body.get("base_model_name_or_path")
     return EarlierAdapter(
         name, base if isinstance(base, str) else None, lora.r, lora.alpha, lora.use_rslora,
@@ -111,18 +104,41 @@ def read_adapter_config(content: bytes, name: str) -> EarlierAdapter:
 def _check_plain(body: dict[str, Any], name: str) -> None:
     for key in _MUST_BE_EMPTY:
         if body.get(key):
-            raise _unusable(name, f"has {key} {body[key]!r}, which is not supported")
+            raise _unusable(name, f"has {key} {shown(body[key])}, which is not supported")
     start = body.get("init_lora_weights", True)
     if start not in _LEAVES_THE_BASE:
-        raise _unusable(name, f"began with init_lora_weights {start!r}, which changes the base")
+        raise _unusable(
+            name, f"began with init_lora_weights {shown(start)}, which changes the base"
+        )
+
+
+def _lora(body: dict[str, Any], name: str) -> LoraConfig:
+    modules = body["target_modules"]
+    if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
+        raise _unusable(name, f"has target_modules {shown(modules)}, which is no list of names")
+    values = {
+        "r": body["r"], "alpha": body["lora_alpha"], "target_modules": sorted(modules),
+        "use_rslora": body.get("use_rslora", False),
+    }  # fmt: skip
+    return parse_training_config({"lora": values}, source=f"adapter {name}").lora
 
 
 def _tokens(value: Any, name: str) -> tuple[int, ...]:
-    """PEFT has a list of ids, or one for each matrix."""
-    lists = list(value.values()) if isinstance(value, dict) else [value or []]
-    if any(ids != lists[0] for ids in lists) or not all(isinstance(i, int) for i in lists[0]):
-        raise _unusable(name, f"has trainable_token_indices {value!r}, which is not supported")
-    return tuple(sorted(lists[0]))
+    """PEFT has a list of ids, or one for each matrix; row i of the weights is that of id i."""
+    if value is None:
+        return ()
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    if not all(_ascending_ids(ids) and ids == lists[0] for ids in lists):
+        raise _unusable(
+            name, f"has trainable_token_indices {shown(value)}, which is no list of ascending ids"
+        )
+    return tuple(lists[0]) if lists else ()
+
+
+def _ascending_ids(value: Any) -> bool:
+    if not isinstance(value, list) or not all(type(each) is int for each in value):
+        return False
+    return all(low < high for low, high in zip([-1, *value], value, strict=False))
 
 
 def _modules(lora: LoraConfig) -> str | list[str]:

@@ -19,7 +19,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
-from llamahome.config.sources import read_yaml_mapping
+from llamahome.config.strict_yaml import is_there, read_yaml_mapping
 from llamahome.errors import InvalidConfig
 
 REGISTRY_PATH = Path("configs/models.yaml")
@@ -66,7 +66,7 @@ def load_registry(file: Path | None = None) -> ModelRegistry:
     Raises InvalidConfig naming the file and the field.
     """
     path = file or REGISTRY_PATH
-    if file is None and not path.is_file():
+    if file is None and not is_there(path):
         return ModelRegistry()
     try:
         return ModelRegistry.model_validate(read_yaml_mapping(path))

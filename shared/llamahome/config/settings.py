@@ -1,8 +1,9 @@
 """``Settings``: where this process runs. Built once at the entry and passed down.
 
 Sources, later beats earlier: defaults < the YAML file named by LLAMAHOME_SETTINGS (or
-``configs/settings.yaml``) < environment ``LLAMAHOME_*`` < arguments. With a state folder
-everything not given is derived from it, so one folder is a whole fleet on one machine.
+``configs/settings.yaml``) < environment ``LLAMAHOME_*`` < arguments; an empty variable is not set.
+With a state folder everything not given is derived from it, so one folder is a whole fleet on one
+machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -23,7 +25,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from llamahome.config.sources import read_yaml_mapping
+from llamahome.config.strict_yaml import is_there, read_yaml_mapping
+from llamahome.config.training import shown
 from llamahome.errors import InvalidConfig, nearest
 
 SETTINGS_ENV = "LLAMAHOME_SETTINGS"
@@ -34,7 +37,9 @@ DEFAULT_STATE = Path(".llamahome")
 class Settings(BaseSettings):
     """One process's surroundings. URLs may hold passwords: never log a Settings object whole."""
 
-    model_config = SettingsConfigDict(env_prefix="LLAMAHOME_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LLAMAHOME_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
 
     state: Path | None = Field(default=None, description="folder of a one-machine fleet")
     redis_url: str | None = Field(default=None, repr=False)
@@ -94,14 +99,14 @@ class Settings(BaseSettings):
         """SQLAlchemy URL of the ledger."""
         if self.ledger_url:
             return self.ledger_url
-        return f"sqlite:///{self._below_state('ledger.sqlite3', 'LLAMAHOME_LEDGER_URL')}"
+        return f"sqlite:///{self._url_below_state('ledger.sqlite3', 'LLAMAHOME_LEDGER_URL')}"
 
     @cached_property
     def storage(self) -> str:
         """fsspec URL of the storage root."""
         if self.storage_url:
             return self.storage_url
-        return f"file://{self._below_state('storage', 'LLAMAHOME_STORAGE_URL')}"
+        return f"file://{self._url_below_state('storage', 'LLAMAHOME_STORAGE_URL')}"
 
     @cached_property
     def redis(self) -> str:
@@ -131,8 +136,9 @@ class Settings(BaseSettings):
             )  # fmt: skip
         return self.state.resolve()
 
-    def _below_state(self, name: str, variable: str) -> Path:
-        return self._state(variable) / name
+    def _url_below_state(self, name: str, variable: str) -> str:
+        """A path as it stands in a URL, where ``?``, ``#`` and ``%`` have meanings."""
+        return quote(str(self._state(variable) / name))
 
 
 class _YamlSource(PydanticBaseSettingsSource):
@@ -144,7 +150,7 @@ class _YamlSource(PydanticBaseSettingsSource):
     def __call__(self) -> dict[str, Any]:
         named = os.environ.get(SETTINGS_ENV)
         path = Path(named) if named else SETTINGS_PATH
-        if not named and not path.is_file():
+        if not named and not is_there(path):
             return {}
         return read_yaml_mapping(path)
 
@@ -158,7 +164,7 @@ def load_settings(**arguments: Any) -> Settings:
     given = {name: value for name, value in arguments.items() if value is not None}
     for name in ("uri_allowlist", "webhook_allowlist"):
         text = os.environ.get(f"LLAMAHOME_{name.upper()}")
-        if name not in given and text is not None:
+        if name not in given and text:
             given[name] = tuple(part.strip() for part in text.split(",") if part.strip())
     try:
         return Settings(**given)
@@ -171,7 +177,8 @@ def load_settings(**arguments: Any) -> Settings:
                 remedy=nearest(name, Settings.model_fields),
             ) from None  # fmt: skip
         raise InvalidConfig(
-            f"{problem['msg']}, not {problem.get('input')!r}", field=f"LLAMAHOME_{name.upper()}"
+            f"{problem['msg']}, not {shown(problem.get('input'))}",
+            field=f"LLAMAHOME_{name.upper()}",
         ) from None
 
 

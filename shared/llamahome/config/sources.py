@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llamahome.config.training import TrainingConfig, parse_training_config
+from llamahome.config.strict_yaml import (
+    is_there,
+    parse_yaml,
+    parse_yaml_mapping,
+    read_text,
+    read_yaml_mapping,
+)
+from llamahome.config.training import (
+    TrainingConfig,
+    parse_training_config,
+    shown,
+    without_aliases,
+)
 from llamahome.errors import InvalidConfig, NotFound, nearest
 
 CONFIG_ENV = "LLAMAHOME_TRAINING_CONFIG"
@@ -33,24 +45,27 @@ def resolve_training_config(
     Sections are merged key by key, lists are replaced. Nothing that is passed in is changed.
     Raises InvalidConfig with the source, the dotted field and the remedy.
     """
-    source, content = load_training_file(file, environ)
+    found = load_training_file(file, environ)
     merged: dict[str, Any] = {}
-    stack: list[tuple[str, Mapping[str, Any]]] = [(source, content.get("training") or {})]
-    overrides = content.get("model_configs") or {}
-    if model_name is not None and model_name in overrides:
-        stack.append((f"{source}: model_configs.{model_name}", overrides[model_name] or {}))
+    stack: list[tuple[str, Mapping[str, Any]]] = [(found.source, found.training)]
+    if model_name is not None and model_name in found.overrides:
+        name = f"{found.source}: model_configs.{model_name}"
+        stack.append((name, found.overrides[model_name]))
     if recipe is not None:
         stack.append((f"recipe {recipe}", load_recipe(recipe)))
     stack.extend(layers)
     for name, values in stack:
-        merged = merge(merged, values, source=name)
+        merged = merge(merged, _own_names(values, name), source=name)
         parse_training_config(merged, source=name)  # so that the error names the layer at fault
     return parse_training_config(merged, source="configuration")
 
 
-# libyaml's loader is several times faster, and it is read for every job that is accepted; both
-# are safe ones, which make nothing but plain values.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _own_names(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    # Layer by layer: once merged, an alias below could not be told from one above.
+    try:
+        return without_aliases(values)
+    except ValueError as error:
+        raise InvalidConfig(str(error), file=source) from None
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -67,62 +82,68 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, source: str) ->
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingFile:
+    """A configuration file's sections; ``source`` is what error texts call it."""
+
+    source: str
+    training: Mapping[str, Any]
+    overrides: Mapping[str, Mapping[str, Any]]
+
+
 def load_training_file(
     file: Path | None = None, environ: Mapping[str, str] = os.environ
-) -> tuple[str, dict[str, Any]]:
-    """The file's content and its name: ``file``, $LLAMAHOME_TRAINING_CONFIG, the working folder.
+) -> TrainingFile:
+    """``file``, else $LLAMAHOME_TRAINING_CONFIG, else the working folder's.
 
-    A file that was named must exist; without one, empty content (the built-in defaults) is
-    returned. ``model_configs`` may stand at the top or under ``training:``.
+    A file that was named must exist; without one there are the built-in defaults.
+    ``model_configs`` may stand at the top or under ``training:``.
+    Raises InvalidConfig with the file and the field or line, NotFound.
     """
     path = file or (Path(environ[CONFIG_ENV]) if environ.get(CONFIG_ENV) else None)
     if path is None:
-        if not CONFIG_PATH.is_file():
-            return "built-in defaults", {}
+        if not is_there(CONFIG_PATH):
+            return TrainingFile("built-in defaults", {}, {})
         path = CONFIG_PATH
-    content = read_yaml_mapping(path)
+    content, source = read_yaml_mapping(path), str(path)
     for key in content:
         if key not in _FILE_KEYS:
             raise InvalidConfig(
-                "unknown key", code="unknown_parameter", file=str(path), field=str(key),
-                remedy=nearest(str(key), _FILE_KEYS),
+                "unknown key", code="unknown_parameter", file=source, field=key,
+                remedy=nearest(key, _FILE_KEYS),
             )  # fmt: skip
-    training = content.get("training") or {}
-    if isinstance(training, dict) and "model_configs" in training:
-        content = {
-            "training": {k: v for k, v in training.items() if k != "model_configs"},
-            "model_configs": content.get("model_configs") or training["model_configs"],
-        }
-    overrides = content.get("model_configs") or {}
-    if not isinstance(overrides, dict):
-        raise InvalidConfig("must be a mapping", file=str(path), field="model_configs")
-    return str(path), content
+    training = _section(content.get("training"), "training", source)
+    top, nested = content.get("model_configs"), training.pop("model_configs", None)
+    if top is not None and nested is not None:
+        raise InvalidConfig(
+            "stands under training: and at the top", file=source, field="model_configs",
+            remedy="Keep one of the two",
+        )  # fmt: skip
+    overrides = _section(nested if top is None else top, "model_configs", source)
+    return TrainingFile(source, training, _overrides(overrides, source))
 
 
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that must hold a mapping or nothing. Raises InvalidConfig with the line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise NotFound("no such file", file=str(path), code="file_not_found") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"cannot be read ({error})", file=str(path)) from None
-    return parse_yaml_mapping(text, source=str(path))
+def _overrides(found: Mapping[Any, Any], source: str) -> dict[str, Mapping[str, Any]]:
+    for name in found:
+        if not isinstance(name, str):
+            raise InvalidConfig(
+                f"{name!r} is no model's name", file=source, field="model_configs",
+                remedy=f'Write it in quotes, as "{name}"',
+            )  # fmt: skip
+    return {
+        name: _section(values, f"model_configs.{name}", source) for name, values in found.items()
+    }
 
 
-def parse_yaml_mapping(text: str, *, source: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark is not None else None
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise InvalidConfig(f"broken YAML: {problem}", file=source, line=line) from None
-    if content is None:
+def _section(value: Any, field: str, source: str) -> dict[str, Any]:
+    """A copy; nothing below a heading is an empty section."""
+    if value is None:
         return {}
-    if not isinstance(content, dict):
-        raise InvalidConfig(f"must be a mapping, not {type(content).__name__}", file=source)
-    return content
+    if not isinstance(value, dict):
+        raise InvalidConfig(
+            f"must be a mapping, not {type(value).__name__}", file=source, field=field
+        )
+    return dict(value)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -136,9 +157,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
                 remedy="Write for example --set lora.r=16",
             )  # fmt: skip
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InvalidConfig(f"{value!r} is not a YAML value", file="--set", field=key) from None
+            parsed = parse_yaml(value, source="--set")
+        except InvalidConfig as error:
+            raise InvalidConfig(
+                f"{shown(value)} is no value ({error.message})", file="--set", field=key
+            ) from None
         nested: dict[str, Any] = {}
         leaf = nested
         *sections, name = key.strip().split(".")
@@ -151,31 +174,31 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def recipes() -> dict[str, str]:
-    """Recipe names and their one-line descriptions: built-in ones, then ``configs/recipes``."""
-    return {name: _description(text) for name, text in _recipe_texts().items()}
+    """Recipe names and their one-line descriptions: built-in ones and those in configs/recipes."""
+    return {name: _description(_text(place)) for name, place in _recipe_places().items()}
 
 
 def load_recipe(name: str) -> dict[str, Any]:
     """The nested training settings of a recipe. Raises NotFound naming the nearest one."""
-    texts = _recipe_texts()
-    if name not in texts:
+    places = _recipe_places()
+    if name not in places:
         raise NotFound(
-            f"unknown recipe {name!r}", code="unknown_recipe", remedy=nearest(name, texts)
+            f"unknown recipe {name!r}", code="unknown_recipe", remedy=nearest(name, places)
         )
-    return parse_yaml_mapping(texts[name], source=f"recipe {name}")
+    return parse_yaml_mapping(_text(places[name]), source=f"recipe {name}")
 
 
-def _recipe_texts() -> dict[str, str]:
-    found: dict[str, str] = {}
+def _recipe_places() -> dict[str, Traversable]:
     builtin = resources.files("llamahome.config") / "recipes"
-    for entry in builtin.iterdir():
-        if entry.name.endswith(".yaml"):
-            found[entry.name.removesuffix(".yaml")] = entry.read_text(encoding="utf-8")
-    overlay = Path("configs/recipes")
-    if overlay.is_dir():
-        for path in sorted(overlay.glob("*.yaml")):
-            found[path.stem] = path.read_text(encoding="utf-8")
+    entries: list[Traversable] = list(builtin.iterdir())
+    if (overlay := Path("configs/recipes")).is_dir():
+        entries.extend(overlay.iterdir())
+    found = {e.name.removesuffix(".yaml"): e for e in entries if e.name.endswith(".yaml")}
     return dict(sorted(found.items()))
+
+
+def _text(place: Traversable) -> str:
+    return read_text(place) if isinstance(place, Path) else place.read_text(encoding="utf-8")
 
 
 def _description(text: str) -> str:

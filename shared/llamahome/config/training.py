@@ -7,6 +7,8 @@ is ``learning_rate: 5e-5``, which YAML 1.1 reads as a string and everybody means
 from __future__ import annotations
 
 import re
+import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -23,9 +25,16 @@ from pydantic import (
     model_validator,
 )
 
+from llamahome.config.strict_yaml import MAX_INTEGER_BITS
 from llamahome.errors import InvalidConfig, nearest
 
 MIN_MAX_LENGTH = 8  # the least that can hold a turn
+MAX_MAX_LENGTH = 1024 * 1024
+MAX_RANK = 4096
+MAX_ALPHA = 1e6
+MAX_COUNT = 2**31 - 1
+# A worker holds a few rows of this size beside each other.
+MAX_MAX_LINE_BYTES = 64 * 1024 * 1024
 _EXPONENT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 
 
@@ -34,12 +43,15 @@ def _number(value: Any) -> Any:
     if isinstance(value, str) and _EXPONENT.fullmatch(value.strip()):
         return float(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("does not fit into a float of 64 bits") from None
     return value
 
 
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Positive = Annotated[StrictInt, Field(ge=1)]
+Positive = Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)]
 
 
 class Section(BaseModel):
@@ -62,21 +74,40 @@ class LoraConfig(Section):
     use_rslora: StrictBool = False
     merge: StrictBool = False
 
+    @field_validator("r")
+    @classmethod
+    def _rank(cls, value: int) -> int:
+        if value > MAX_RANK:
+            raise ValueError(
+                f"must be at most {MAX_RANK}, where A and B together are as large as a base's "
+                f"matrix of {2 * MAX_RANK} x {2 * MAX_RANK}"
+            )
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _scale(cls, value: float) -> float:
+        if value > MAX_ALPHA:
+            raise ValueError(f"must be at most {MAX_ALPHA:.0f}: the update is scaled by alpha / r")
+        return value
+
+    # Before pydantic's union, whose errors would name one of its members in the field.
     @field_validator("target_modules", mode="before")
     @classmethod
     def _modules(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != "all-linear":
-            raise ValueError(f'must be a list of module names or "all-linear", not {value!r}')
-        if isinstance(value, (list, tuple)):
-            if not value:
-                raise ValueError("must name at least one module")
-            twice = sorted(
-                {name for name in value if isinstance(name, str) and value.count(name) > 1}
-            )
-            if twice:
-                raise ValueError(f"names {', '.join(twice)} twice")
-            return tuple(value)
-        return value
+        if value == "all-linear":
+            return "all-linear"
+        if not isinstance(value, (list, tuple)):
+            raise ValueError('must be a list of module names or "all-linear"')
+        if not value:
+            raise ValueError("must name at least one module")
+        for name in value:
+            if not isinstance(name, str) or not name or not name.isprintable():
+                raise ValueError(f"must hold names of modules, not {shown(name)}")
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} twice")
+        return tuple(value)
 
     @field_validator("bias")
     @classmethod
@@ -87,7 +118,7 @@ class LoraConfig(Section):
                 'be combined with others or served beside them; only "none" is supported'
             )
         if value != "none":
-            raise ValueError(f'must be "none", not {value!r}')
+            raise ValueError(f'must be "none", not {shown(value)}')
         return value
 
 
@@ -123,7 +154,7 @@ class ValidationConfig(Section):
     format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
     max_messages: Positive = 1000
     max_chars_per_message: Positive = 1_000_000
-    max_line_bytes: Positive = 16 * 1024 * 1024
+    max_line_bytes: Annotated[StrictInt, Field(ge=1, le=MAX_MAX_LINE_BYTES)] = 16 * 1024 * 1024
 
 
 class TrainingConfig(Section):
@@ -131,18 +162,18 @@ class TrainingConfig(Section):
 
     batch_size: Positive = 4
     max_workers: Positive = 4
-    max_length: Annotated[StrictInt, Field(ge=MIN_MAX_LENGTH)] = 512
+    max_length: Annotated[StrictInt, Field(ge=MIN_MAX_LENGTH, le=MAX_MAX_LENGTH)] = 512
     validation_split: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     epochs: Positive = 3
     learning_rate: Annotated[Number, Field(gt=0)] = 5e-5
-    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 100
+    warmup_steps: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] = 100
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     gradient_accumulation_steps: Positive = 4
     fp16: StrictBool = True
     lora: LoraConfig = LoraConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
-    seed: Annotated[StrictInt, Field(ge=0, le=2_147_483_647)] = 42
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] = 42
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
     packing: StrictBool = True
@@ -169,16 +200,22 @@ class TrainingConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _eval_steps_alias(cls, value: Any) -> Any:
-        """``logging.eval_steps`` is an alias of ``eval_steps``; two values are an error."""
-        if not isinstance(value, dict) or not isinstance(value.get("logging"), dict):
-            return value
-        if "eval_steps" not in value["logging"]:
-            return value
-        logging = dict(value["logging"])
-        alias = logging.pop("eval_steps")
-        if value.get("eval_steps", alias) != alias:
-            raise ValueError(f"eval_steps is {value['eval_steps']}, logging.eval_steps is {alias}")
-        return {**value, "logging": logging, "eval_steps": alias}
+        return without_aliases(value) if isinstance(value, dict) else value
+
+
+def without_aliases(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``logging.eval_steps`` under the name that it is an alias of, ``eval_steps``.
+
+    Raises ValueError where ``values`` has both and they differ.
+    """
+    section = values.get("logging") if isinstance(values, Mapping) else None
+    if not isinstance(section, Mapping) or "eval_steps" not in section:
+        return values
+    logging = dict(section)
+    alias = logging.pop("eval_steps")
+    if (own := values.get("eval_steps", alias)) != alias:
+        raise ValueError(f"eval_steps is {shown(own)}, logging.eval_steps is {shown(alias)}")
+    return {**values, "logging": logging, "eval_steps": alias}
 
 
 def parse_training_config(values: dict[str, Any], *, source: str) -> TrainingConfig:
@@ -203,9 +240,36 @@ def _first_problem(error: ValidationError, source: str) -> InvalidConfig:
             remedy=nearest(path[-1], known),
         )  # fmt: skip
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = "must be a mapping of settings"
     value = problem.get("input")
-    shown = "" if isinstance(value, dict) or repr(value) in message else f", not {value!r}"
-    return InvalidConfig(message[0].lower() + message[1:] + shown, file=source, field=field or None)
+    told = isinstance(value, dict) or ", not " in message
+    given = "" if told else f", not {shown(value)}"
+    return InvalidConfig(message[0].lower() + message[1:] + given, file=source, field=field or None)
+
+
+class _Short(reprlib.Repr):
+    """Of a bounded size and depth whatever is given: a value may be huge or hold itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple = 2, 12, 12
+        self.maxstring = self.maxother = 120
+        self.maxlong = 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        # str() refuses integers of more than some thousand digits.
+        if x.bit_length() > MAX_INTEGER_BITS:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_SHORT = _Short()
+
+
+def shown(value: object) -> str:
+    """``repr(value)``, shortened where it is long."""
+    return _SHORT.repr(value)
 
 
 def known_keys(path: list[str]) -> list[str]:
