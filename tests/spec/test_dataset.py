@@ -148,6 +148,32 @@ def test_padding_is_never_learned_and_a_real_end_is(load: Load, pad: str | None)
     assert (item["labels"] == tokenizer.eos_token_id).sum() == 2  # one of each answer
 
 
+def test_a_pad_token_may_be_a_piece_of_words(load: Load) -> None:
+    """BEHAVIOUR 49: it pads, and in text it is what it was, as in transformers."""
+    plain, tokenizer = load(), load()
+    tokenizer.pad_token = "e"
+    found = dataset([TALK], tokenizer, max_length=200)
+    assert found.pad_token_id == tokenizer.convert_tokens_to_ids("e")
+    tokens = found.lengths[0]
+    assert found[0]["input_ids"][:tokens].equal(dataset([TALK], plain)[0]["input_ids"][:tokens])
+    assert set(found[0]["input_ids"][tokens:].tolist()) == {found.pad_token_id}
+    assert found[0]["attention_mask"].sum() == tokens
+
+
+def test_a_control_token_that_is_a_piece_of_words_is_refused_by_name(load: Load) -> None:
+    """BEHAVIOUR 49, 54: text and control could not be told apart."""
+    for name in ("eos_token", "unk_token"):
+        tokenizer = load()
+        setattr(tokenizer, name, "e")
+        with pytest.raises(InvalidConfig, match=r"tokenizer: the special token 'e'.*'<pad>'"):
+            dataset([TALK], tokenizer)
+    tokenizer = load()
+    tokenizer.backend_tokenizer.add_special_tokens(["e"])
+    tokenizer.pad_token = "e"
+    with pytest.raises(InvalidConfig, match="the special token 'e'"):
+        dataset([TALK], tokenizer)
+
+
 def test_labels_are_a_copy_of_the_learned_ids(load: Load) -> None:
     """BEHAVIOUR 50: -100 exactly where nothing is learned, the id elsewhere; changing a tensor
     changes neither the other nor the dataset."""

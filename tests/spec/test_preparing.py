@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import logging
@@ -56,6 +57,26 @@ async def test_two_at_once_give_one_whole_set_and_a_rerun_changes_nothing(
     before = place.stat().st_ino, contents(place.parent)
     await managers[alone.index(before[1])].process_samples()
     assert (place.stat().st_ino, contents(place.parent)) == before
+
+
+@pytest.mark.asyncio
+async def test_a_damaged_set_is_made_whole_by_processing_again(make_data: MakeData) -> None:
+    """BEHAVIOUR 12: equal manifests do not make equal sets: every file is looked at."""
+    root = make_data("flat")
+    manager = TrainingData(root, config=QUICK)
+    place = Path((await manager.process_samples()).folder)
+    whole = contents(place)
+    shard = whole["training.safetensors"]
+    for name, damaged in (
+        ("training.safetensors", None), ("training.safetensors", shard[:-1] + b"?"),
+        ("packs.safetensors", b""), ("tokenizer/tokenizer.json", b"{}"), ("tokenizer", b""),
+    ):  # fmt: skip
+        spoilt = place / name
+        shutil.rmtree(spoilt) if spoilt.is_dir() else spoilt.unlink()
+        if damaged is not None:
+            spoilt.write_bytes(damaged)
+        await manager.process_samples()
+        assert contents(place) == whole, name
 
 
 def test_two_processes_at_once_give_one_whole_set(make_data: MakeData) -> None:
@@ -310,6 +331,24 @@ async def test_loading_is_shown_by_file_on_a_terminal_and_not_off_one(
     assert (task.description, task.total, task.completed) == ("Loading samples...", 3, 3)
     assert ("Loading samples..." in out.getvalue()) == terminal
     assert terminal or out.getvalue() == ""
+
+
+@pytest.mark.asyncio
+async def test_a_disk_that_is_full_from_the_start_leaves_nothing_behind(
+    make_data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BEHAVIOUR 63: not the folder that could not even be held, and it can be tried again."""
+    root = make_data("flat")
+
+    def full(*values: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            await TrainingData(root, config=QUICK).process_samples()
+    assert [path.name for path in (root / "processed").iterdir()] == [".lock"]
+    await TrainingData(root, config=QUICK).process_samples()
 
 
 def test_folders_of_work_do_not_meet_however_often_they_come_and_go(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch.utils.data import IterableDataset
 
 from llamahome.config import parse_training_config
 from llamahome.local import bars
@@ -49,7 +52,17 @@ def figures(callback: Any) -> list[tuple[float, float | None]]:
     return [(task.completed, task.total) for task in callback.progress.tasks]
 
 
-def trained_with(callback: Any, folder: Path, *others: Any) -> Any:
+class Endless(IterableDataset[Any]):
+    """Rows without a length."""
+
+    def __init__(self, row: Any) -> None:
+        self._row = row
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.repeat(self._row)
+
+
+def trained_with(callback: Any, folder: Path, *others: Any, rows: Any = 4, **changes: Any) -> Any:
     """A real Trainer of transformers: 4 rows, batches of 1, steps of 2, 3 epochs."""
     import torch
     from transformers import (
@@ -66,12 +79,13 @@ def trained_with(callback: Any, folder: Path, *others: Any) -> Any:
                     num_attention_heads=1)
     )  # fmt: skip
     row = {"input_ids": torch.arange(4), "labels": torch.arange(4)}
+    wanted = {"num_train_epochs": 3, "gradient_accumulation_steps": 2, **changes}
     given = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        num_train_epochs=3, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
-        logging_steps=1,
+        output_dir=str(folder), per_device_train_batch_size=1, report_to="none", use_cpu=True,
+        disable_tqdm=True, save_strategy="no", logging_steps=1, **wanted,
     )  # fmt: skip
-    trainer = Trainer(model, given, train_dataset=[row] * 4, callbacks=[callback, *others])
+    data = Endless(row) if rows is None else [row] * rows
+    trainer = Trainer(model, given, train_dataset=data, callbacks=[callback, *others])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
@@ -117,6 +131,61 @@ def test_the_epoch_s_bar_begins_again_with_each_epoch(screen: io.StringIO) -> No
     assert figures(callback) == [(2, 6), (0, 2)]
     assert callback.progress.tasks[1].description == "Epoch 2/3: step 0/2, batch 0"
     callback.close()
+
+
+EPOCHS: list[tuple[dict[str, Any], list[str]]] = [
+    # 5 batches are 3 steps, the last of one batch.
+    ({"rows": 5, "max_steps": 7},
+     ["Epoch 1/3: step 3/3, batch 5", "Epoch 2/3: step 3/3, batch 5",
+      "Epoch 3/3: step 1/1, batch 2"]),
+    ({"rows": 20, "max_steps": 12},
+     ["Epoch 1/2: step 10/10, batch 20", "Epoch 2/2: step 2/2, batch 4"]),
+    ({"rows": 20, "num_train_epochs": 1.5},
+     ["Epoch 1/2: step 10/10, batch 20", "Epoch 2/2: step 5/5, batch 10"]),
+    ({"rows": 6, "num_train_epochs": 0.5}, ["Epoch 1/1: step 2/2, batch 4"]),
+    ({"rows": None, "max_steps": 3}, ["Epoch 1/1: step 3/3, batch 6"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "ends"), EPOCHS)
+def test_each_epoch_s_bar_is_as_long_as_the_trainer_s_epoch(
+    screen: io.StringIO, tmp_path: Path, run: dict[str, Any], ends: list[str]
+) -> None:
+    """BEHAVIOUR 72: also where the last one is not a whole one, or nobody knows how long one is."""
+    from transformers import TrainerCallback
+
+    seen: list[tuple[int, str, bool]] = []
+    callback = new_callback()
+
+    class Looks(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            epoch = callback.progress.tasks[1]
+            seen.append((state.global_step, epoch.description, epoch.completed == epoch.total))
+
+    trainer = trained_with(callback, tmp_path, Looks(), **run)
+    assert [text for _, text, full in seen if full] == ends
+    assert figures(callback)[0] == (trainer.state.max_steps,) * 2
+
+
+def test_an_epoch_that_a_callback_cuts_short_is_followed_by_the_next(
+    screen: io.StringIO, tmp_path: Path
+) -> None:
+    """BEHAVIOUR 72: the next epoch's bar begins at 0, whatever was left of the one before."""
+    from transformers import TrainerCallback
+
+    begun: list[str] = []
+    callback = new_callback()
+
+    class Cuts(TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begun.append(callback.progress.tasks[1].description)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_epoch_stop = state.global_step == 1
+            return control
+
+    trained_with(callback, tmp_path, Cuts(), rows=6)
+    assert begun == [f"Epoch {n}/3: step 0/3, batch 0" for n in (1, 2, 3)]
 
 
 def test_a_resumed_run_begins_where_it_was(screen: io.StringIO) -> None:

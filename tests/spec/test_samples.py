@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamahome.conversations.tokens import read_token_rows
-from llamahome.errors import InvalidData, LlamaHomeError
+from llamahome.errors import InvalidConfig, InvalidData, LlamaHomeError
 from llamahome.local import ProcessReport, TrainingData
+from llamahome.local.samples import sample_files
 
 from .conftest import QUICK, MakeData, conversation, write_samples
 
 Lines = Callable[..., list[tuple[int, str]]]
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Ho"}
+
+
+AsNobody = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def as_nobody() -> AsNobody:
+    """For a while, somebody who may not read everything."""
+
+    @contextlib.contextmanager
+    def other() -> Iterator[None]:
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return other
 
 
 def dump(value: Any) -> bytes:
@@ -98,6 +121,26 @@ def test_empty_files_are_counted_and_blank_lines_are_no_rows(make_data: MakeData
     nothing = process(root)
     assert (nothing.folder, nothing.validation) == ("", None)
     assert nothing.files == ("a.jsonl", "b.jsonl", "c.jsonl")
+
+
+def test_a_samples_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    make_data: MakeData, as_nobody: AsNobody
+) -> None:
+    """BEHAVIOUR 44: permission errors are told."""
+    samples = make_data("flat", rows=0) / "samples"
+    samples.chmod(0)
+    with as_nobody(), pytest.raises(InvalidData, match=r"samples: cannot be read \(Perm"):
+        sample_files(samples)
+    samples.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["samples", "processed"])
+def test_a_file_in_the_place_of_a_folder_is_named(make_data: MakeData, name: str) -> None:
+    root = make_data("flat", rows=0)
+    shutil.rmtree(root / name, ignore_errors=True)
+    (root / name).write_text("")
+    with pytest.raises(InvalidConfig, match=f"{name}: a file is in its place. Move it away"):
+        process(root)
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])

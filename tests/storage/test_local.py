@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from llamahome.errors import CorruptArtifact
+from llamahome.errors import CorruptArtifact, DamagedArtifact
 from llamahome.schemas import MANIFEST_NAME, ArtifactRef
-from llamahome.storage import LocalStorage, layout
+from llamahome.storage import LocalStorage, layout, local
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_missing_or_linked_file_of_an_artifact_is_found(
     ref = storage.publish(folder, "artifacts/x", kind="rows")
     path = storage.root / "artifacts" / "x" / "a"
     path.unlink()
-    with pytest.raises(CorruptArtifact, match="artifacts/x/a: in the manifest, but not there"):
+    with pytest.raises(CorruptArtifact, match="artifacts/x: a is in the manifest, but not there"):
         storage.fetch(ref, storage.root)
     path.symlink_to(folder / "a")
     with pytest.raises(CorruptArtifact, match="symlink"):
@@ -198,6 +199,85 @@ def test_two_attempts_that_publish_at_once_agree(storage: LocalStorage, folder: 
     storage.fetch(refs[0], folder)
 
 
+def spoil(storage: LocalStorage, name: str = "a") -> None:
+    path = storage.root / "artifacts" / "x" / name
+    path.unlink()
+    path.write_bytes(b"spoilt")
+
+
+def test_two_attempts_that_mend_at_once_agree(storage: LocalStorage, folder: Path) -> None:
+    ref = storage.publish(folder, "artifacts/x", kind="rows")
+    for _ in range(20):
+        spoil(storage)
+        with ThreadPoolExecutor(4) as pool:
+            mended = [
+                pool.submit(storage.publish, folder, "artifacts/x", kind="rows") for _ in range(4)
+            ]
+        assert [each.result() for each in mended] == [ref] * 4
+        storage.fetch(ref, folder)
+        assert everything_below(storage.root) == [
+            "artifacts", "artifacts/x", "artifacts/x/MANIFEST.json", "artifacts/x/a",
+            "artifacts/x/b",
+        ]  # fmt: skip
+
+
+def test_who_reads_what_is_whole_of_a_damaged_artifact_is_not_disturbed(
+    storage: LocalStorage, folder: Path
+) -> None:
+    ref = storage.publish(folder, "artifacts/x", kind="rows")
+    done = threading.Event()
+
+    def read() -> int:
+        times = 0
+        while not done.is_set() or not times:
+            place = storage.fetch(ref, folder, only=["b"])
+            assert (place / "b").read_bytes() == b"b" * 10
+            times += 1
+        return times
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        for _ in range(50):
+            spoil(storage)
+            storage.publish(folder, "artifacts/x", kind="rows")
+        done.set()
+        assert reading.result() > 0
+
+
+def test_where_folders_cannot_change_places_a_damaged_one_is_replaced_too(
+    storage: LocalStorage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = storage.publish(folder, "artifacts/x", kind="rows")
+    spoil(storage)
+    monkeypatch.setattr(local, "exchange", lambda a, b: False)
+    assert storage.publish(folder, "artifacts/x", kind="rows") == ref
+    storage.fetch(ref, folder)
+    assert len(everything_below(storage.root)) == 5
+
+
+def test_a_file_or_folders_in_the_wrong_place_are_damage(
+    storage: LocalStorage, folder: Path
+) -> None:
+    (folder / "below").mkdir()
+    (folder / "below" / "c").write_bytes(b"c")
+    ref = storage.publish(folder, "artifacts/x", kind="rows")
+    place = storage.root / "artifacts" / "x"
+    (place / "a").unlink()
+    (place / "a").mkdir()
+    shutil.rmtree(place / "below")
+    (place / "below").write_bytes(b"")
+    for name in ("a", "below/c"):
+        with pytest.raises(DamagedArtifact, match=f"{name} is in the manifest, but not there"):
+            storage.fetch(ref, folder, only=[name])
+    assert storage.publish(folder, "artifacts/x", kind="rows") == ref
+    storage.fetch(ref, folder)
+    shutil.rmtree(place)
+    place.write_bytes(b"")
+    with pytest.raises(DamagedArtifact, match="is not there"):
+        storage.fetch(ref, folder)
+    assert storage.publish(folder, "artifacts/x", kind="rows") == ref
+
+
 def test_the_layout_keeps_tenants_jobs_and_attempts_apart() -> None:
     assert layout.upload_path("acme", "ab12") == "uploads/acme/ab12"
     assert layout.artifact_path("ab12") == "artifacts/ab12"
@@ -207,6 +287,9 @@ def test_the_layout_keeps_tenants_jobs_and_attempts_apart() -> None:
         == "jobs/ftjob-1/runs/run-2/f3/checkpoint-40"
     )
     assert layout.model_path("ftjob-1", 3) == "models/ftjob-1/f3"
+    assert layout.artifact_key(layout.artifact_path("ab12")) == "ab12"
+    for other in ("artifacts", "artifacts/ab/rows.jsonl", layout.model_path("ftjob-1", 3)):
+        assert layout.artifact_key(other) is None
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a..b", ".tmp-x", "a b", "a\0", "x" * 300])

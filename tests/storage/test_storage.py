@@ -5,13 +5,21 @@ from __future__ import annotations
 import io
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.core import url_to_fs
 
-from llamahome.errors import CorruptArtifact, InvalidConfig, NotFound, Unavailable
+from llamahome.errors import (
+    CorruptArtifact,
+    DamagedArtifact,
+    InvalidConfig,
+    NotFound,
+    Unavailable,
+)
 from llamahome.schemas import MANIFEST_NAME, ArtifactRef
-from llamahome.storage import Storage, open_storage
+from llamahome.storage import Storage, layout, open_storage
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -35,6 +43,16 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+def change(url: str, path: str, damage: Callable[[bytes], bytes] | None) -> None:
+    """Behind the storage's back; None removes the file."""
+    filesystem, root = url_to_fs(url)
+    whole = filesystem.cat_file(f"{root}/{path}")
+    filesystem.rm_file(f"{root}/{path}")
+    if damage is not None:
+        assert damage(whole) != whole
+        filesystem.pipe_file(f"{root}/{path}", damage(whole))
+
+
 class BrokenStream(io.BytesIO):
     """Gives some bytes, then fails as a lost mount would."""
 
@@ -55,13 +73,16 @@ def test_a_file_is_put_once_and_read_back(storage: Storage) -> None:
         assert stream.read() == b"ello"
 
 
-def test_a_file_that_is_there_is_left_as_it_is(storage: Storage) -> None:
-    storage.put("uploads/t/x", io.BytesIO(b"first"))
-    storage.put("uploads/t/x", io.BytesIO(b"other"))
+@pytest.mark.parametrize("damaged", [None, b"hellO", b"hell", b"hello!", b""])
+def test_a_file_that_is_put_again_is_whole_afterwards(
+    storage: Storage, url: str, damaged: bytes | None
+) -> None:
+    storage.put("uploads/t/x", io.BytesIO(b"hello"))
+    if damaged is not None:
+        change(url, "uploads/t/x", lambda whole: damaged)
+    storage.put("uploads/t/x", io.BytesIO(b"hello"))
     with storage.open("uploads/t/x") as stream:
-        assert stream.read() == b"first"
-    with pytest.raises(CorruptArtifact, match="5 bytes are stored, 2 were given"):
-        storage.put("uploads/t/x", io.BytesIO(b"no"))
+        assert stream.read() == b"hello"
 
 
 def test_a_source_that_breaks_off_leaves_nothing(storage: Storage) -> None:
@@ -80,7 +101,7 @@ def test_what_is_not_there_is_not_found(storage: Storage, tmp_path: Path) -> Non
         storage.size("artifacts/none")
     with pytest.raises(NotFound):
         storage.manifest("artifacts/none")
-    with pytest.raises(NotFound):
+    with pytest.raises(DamagedArtifact, match="artifacts/none: is not there"):
         storage.fetch(ref, tmp_path / "into")
 
 
@@ -114,6 +135,49 @@ def test_equal_content_is_one_artifact_and_other_content_is_refused(
         storage.publish(folder, "artifacts/a", kind="rows")
     found = storage.fetch(first, tmp_path / "into")
     assert (found / "rows.jsonl").stat().st_size == 9000
+
+
+ROWS, MANIFEST = "artifacts/a/rows.jsonl", f"artifacts/a/{MANIFEST_NAME}"
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
+    "gone": (ROWS, None),
+    "cut off": (ROWS, lambda whole: whole[:-1]),
+    "empty": (ROWS, lambda whole: b""),
+    "changed": (ROWS, lambda whole: bytes([whole[0] ^ 1]) + whole[1:]),
+    "no manifest": (MANIFEST, lambda whole: whole[:-9]),
+    "another digest": (MANIFEST, lambda whole: whole.replace(b'"sha256":"', b'"sha256":"0', 1)),
+    "another name": (MANIFEST, lambda whole: whole.replace(b"rows.jsonl", b"rowz.jsonl")),
+    "another kind": (MANIFEST, lambda whole: whole.replace(b'"rows"', b'"rowz"')),
+    "a space": (MANIFEST, lambda whole: b" " + whole),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_artifact_says_so_and_is_whole_when_it_is_published_again(
+    storage: Storage, url: str, folder: Path, tmp_path: Path, name: str
+) -> None:
+    ref = storage.publish(folder, "artifacts/a", kind="rows")
+    change(url, *DAMAGE[name])
+    with pytest.raises(DamagedArtifact) as caught:
+        storage.fetch(ref, tmp_path / "damaged")
+    assert caught.value.place.file == ref.path
+    assert layout.artifact_key(ref.path) == "a"
+
+    assert storage.publish(folder, "artifacts/a", kind="rows") == ref
+
+    found = storage.fetch(ref, tmp_path / "into")
+    assert (found / "rows.jsonl").read_bytes() == (folder / "rows.jsonl").read_bytes()
+    assert (found / "below" / "empty").read_bytes() == b""
+
+
+def test_a_damaged_artifact_gives_way_to_another_one(
+    storage: Storage, url: str, folder: Path, tmp_path: Path
+) -> None:
+    """What it was cannot be told any more, so nothing is lost with it."""
+    storage.publish(folder, "artifacts/a", kind="rows")
+    change(url, *DAMAGE["cut off"])
+    (folder / "rows.jsonl").write_bytes(b"other")
+    ref = storage.publish(folder, "artifacts/a", kind="rows")
+    assert (storage.fetch(ref, tmp_path / "into") / "rows.jsonl").read_bytes() == b"other"
 
 
 def test_a_deleted_artifact_is_gone_and_can_be_made_again(storage: Storage, folder: Path) -> None:

@@ -42,6 +42,7 @@ from llamahome.storage.bases import base_digest
 
 if TYPE_CHECKING:
     from llamahome.training.callbacks import Callback
+    from llamahome.training.supervisor import WarmEngine
 
 _TENANT = "local"
 
@@ -181,8 +182,9 @@ class _Run:
         return TrainedFiles(self._folder.adapter, report, trained)
 
     def train(self, *, resume: bool) -> TrainedFiles:
-        from llamahome.training import shutdown_engine
+        from llamahome.training.supervisor import WarmEngine
 
+        engine = WarmEngine()  # its own: another run in this process must not end with this one
         try:
             if self._folder.begin(self._record, resume=resume):
                 self._watch.warn(
@@ -190,13 +192,15 @@ class _Run:
                     "--resume would have gone on from them"
                 )
             storage = StorageWithInputs(self._folder.work, self._inputs, self._adapter)
-            published = self._trained(storage, self._prepared(storage, resume=resume))
-            shutdown_engine()  # its log lies in the scratch folder
+            published = self._trained(storage, self._prepared(storage, resume=resume), engine)
+            engine.shutdown()  # its log lies in the scratch folder
             self._folder.finish(published)
         finally:
-            shutdown_engine()
-            if not self._folder.finished:
-                self._folder.abandon()
+            try:
+                engine.shutdown()
+            finally:  # also where somebody cannot wait for it
+                if not self._folder.finished:
+                    self._folder.abandon()
         return self.result(trained=True)
 
     def _prepared(self, storage: LocalStorage, *, resume: bool) -> list[RunOutput]:
@@ -234,12 +238,14 @@ class _Run:
             return None
         return found
 
-    def _trained(self, storage: LocalStorage, prepared: Sequence[RunOutput]) -> Path:
+    def _trained(
+        self, storage: LocalStorage, prepared: Sequence[RunOutput], engine: WarmEngine
+    ) -> Path:
         """The published adapter."""
         from llamahome.training import make_stage
         from llamahome.training.watched import make_watched_stage
 
-        stage = make_stage(self._settings)
+        stage = make_stage(self._settings, engine)
         if self._callbacks:
             stage = make_watched_stage(self._settings, self._callbacks)
         return train_in_attempts(

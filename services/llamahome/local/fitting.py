@@ -170,9 +170,11 @@ class _Fit:
             engine.shutdown()  # its log lies in the scratch folder
             folder.finish(published)
         finally:
-            engine.shutdown()
-            if not folder.finished:
-                folder.abandon()
+            try:
+                engine.shutdown()
+            finally:  # also where somebody cannot wait for it
+                if not folder.finished:
+                    folder.abandon()
 
     def _publish(self) -> None:
         wanted, adapter = self._wanted, self._folder.adapter

@@ -61,7 +61,7 @@ class OutFolder:
                 code="folder_not_empty", remedy="Move them, or name another folder with --out",
             )  # fmt: skip
         if not resume and self.has_checkpoints:
-            shutil.rmtree(self.earlier, ignore_errors=True)
+            self._forget_earlier()
             self.work.rename(self.earlier)
             aside = True
         self._sweep()
@@ -76,11 +76,21 @@ class OutFolder:
         """Put the published adapter into its place, and clean up."""
         for path in (published, *published.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        published.rename(self.adapter)
+        try:
+            published.rename(self.adapter)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            copy_beside(published, self.adapter).rename(self.adapter)
         _sync(self.root)
         self._sweep()
         for name in ("artifacts", "outputs.json"):
             _remove(self.work / name)
+        self._forget_earlier()
+
+    def _forget_earlier(self) -> None:
+        if self.earlier.is_symlink():  # it was a link to where checkpoints lie
+            _empty(self.earlier)
         _remove(self.earlier)
 
     def _sweep(self) -> None:
@@ -101,7 +111,9 @@ class OutFolder:
         if self.has_checkpoints:
             _remove(self.scratch)
         else:
-            _remove(self.work)
+            _empty(self.work)
+            if not self.work.is_symlink():
+                self.work.rmdir()
             if self.earlier.is_dir():
                 self.earlier.rename(self.work)
 
@@ -135,6 +147,9 @@ def held(root: Path) -> Iterator[OutFolder]:
     root.mkdir(parents=True, exist_ok=True)
     handle, lockable = _lock(root)
     try:
+        if lockable:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield OutFolder(root, lockable=lockable)
     finally:
         if {path.name for path in root.iterdir()} == {LOCK_NAME}:
@@ -163,8 +178,6 @@ def _lock(root: Path) -> tuple[int, bool]:
                 remedy="Wait for it to end, or name another folder with --out",
             ) from None  # fmt: skip
         if _is_still(handle, path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return handle, True
         os.close(handle)  # the one before removed it as it ended
 
@@ -176,15 +189,47 @@ def _is_still(handle: int, path: Path) -> bool:
         return False
 
 
+def copy_beside(folder: Path, place: Path) -> Path:
+    """A durable copy of ``folder`` on the file system of ``place``, to be renamed to it.
+
+    What a copy that was killed left there is removed. Raises OSError, and leaves nothing then.
+    """
+    copy = place.with_name(f".{place.name}.copy")
+    _remove(copy)
+    try:
+        copy.mkdir()
+        for path in sorted(folder.rglob("*")):
+            target = copy / path.relative_to(folder)
+            if path.is_dir():
+                target.mkdir()
+            else:
+                shutil.copy(path, target)
+                _sync(target)
+        for below, _, _ in os.walk(copy):
+            _sync(Path(below))
+    except BaseException:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
+    return copy
+
+
+def _empty(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            _remove(path)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Nothing there is fine; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """A file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

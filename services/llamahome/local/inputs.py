@@ -13,6 +13,7 @@ from llamahome.config import (
     EarlierAdapter,
     read_adapter_config,
 )
+from llamahome.conversations.read import checked_name
 from llamahome.errors import InvalidData, NotFound
 from llamahome.schemas import ArtifactRef, FileRef, ManifestEntry
 from llamahome.storage import LocalStorage, hash_stream
@@ -60,8 +61,8 @@ def read_adapter(folder: Path) -> AdapterInput:
 def read_inputs(files: Sequence[Path], split: str) -> list[Input]:
     """Hash the files of one side of the split.
 
-    Raises NotFound and InvalidData (a folder, say), naming the file; OSError where it cannot be
-    read.
+    Raises NotFound and InvalidData (a folder, say, or a name that is not UTF-8), naming the file;
+    OSError where it cannot be read.
     """
     return [
         _read(path, name, f"{split}/{index}")
@@ -73,7 +74,9 @@ def _names(files: Sequence[Path]) -> list[str]:
     """What the files are called in reports: never more of their path than tells them apart."""
     counts = Counter(path.name for path in files)
     return [
-        path.name if counts[path.name] == 1 else f"{path.absolute().parent.name}/{path.name}"
+        checked_name(
+            path.name if counts[path.name] == 1 else f"{path.absolute().parent.name}/{path.name}"
+        )
         for path in files
     ]
 

@@ -177,18 +177,19 @@ def _place(storage: LocalStorage, output: RunOutput) -> Path:
 
 
 def put_in_place(made: Path, place: Path, model: Model) -> None:
-    """Replace the set in ``place`` with the one just ``made``; an equal one stays as it is.
+    """Replace the set in ``place`` with the one just ``made``; an equal one that is whole stays.
 
     Raises InvalidState where something else is there, OSError.
     """
     with locked(place.parent):
         recover(place)
-        if place.exists() and read_manifest(place, model) is None:
+        there = read_manifest(place, model)
+        if place.exists() and there is None:
             raise InvalidState(
                 "is no prepared set", file=str(place), code="folder_not_empty",
                 remedy="Move it away: process_samples would have to replace it",
             )  # fmt: skip
-        if place.exists() and _same(made / SET_MANIFEST, place / SET_MANIFEST):
+        if there is not None and there == read_manifest(made, model) and _is_whole(place, there):
             return
         replace_folder(made, place)
 
@@ -286,5 +287,8 @@ def _write(path: Path, text: str) -> None:
         os.fsync(out.fileno())
 
 
-def _same(a: Path, b: Path) -> bool:
-    return a.read_bytes() == b.read_bytes()
+def _is_whole(place: Path, manifest: SetManifest) -> bool:
+    try:
+        return all(_entry(place, place / entry.name) == entry for entry in manifest.files)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False

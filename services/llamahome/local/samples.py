@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llamahome.config import Settings, TrainingConfig
+from llamahome.errors import InvalidData
 from llamahome.local.attempts import data_stages
 from llamahome.local.bases import Model
 from llamahome.local.inputs import StorageWithInputs, read_inputs
@@ -31,10 +32,20 @@ TENANT = "local"
 def sample_files(folder: Path) -> list[Path]:
     """Every ``*.jsonl`` in the folder by name: no hidden file, no folder, no other suffix (.JSONL,
     .jsonl.gz) and nothing below. Links count as what they lead to; those that lead nowhere are
-    kept, so that reading them says so.
+    kept, so that reading them says so. Raises InvalidData where the folder cannot be read.
     """
-    found = [path for path in folder.glob("*.jsonl") if not path.name.startswith(".")]
-    return sorted((path for path in found if not path.is_dir()), key=lambda path: path.name)
+    try:
+        found = [path for path in folder.iterdir() if _is_sample(path.name) and not path.is_dir()]
+    except OSError as error:
+        raise InvalidData(
+            f"cannot be read ({error.strerror})", file=str(error.filename or folder),
+            remedy="Let this process read the folder and enter it",
+        ) from error  # fmt: skip
+    return sorted(found, key=lambda path: path.name)
+
+
+def _is_sample(name: str) -> bool:
+    return name.endswith(".jsonl") and not name.startswith(".")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llamahome.conversations.chat import ChatBase
@@ -24,17 +25,41 @@ class TokenizerBase(NamedTuple):
 def chat_base_of(tokenizer: Any) -> TokenizerBase:
     """Vocabulary, special tokens and chat template of ``tokenizer``, which is not changed.
 
-    Raises InvalidConfig where it cannot be read.
+    A pad token that is a piece of words like any other, as ``tokenizer.pad_token = "!"`` makes it,
+    is padded with and stays ordinary in text, as in transformers.
+    Raises InvalidConfig where it cannot be read, or another special token is such a piece.
     """
     names = {name: getattr(tokenizer, name, None) for name in _NAMED}
     config: dict[str, Any] = {name: str(text) for name, text in names.items() if text is not None}
+    backend = _backend(tokenizer)
+    document: dict[str, Any] = json.loads(backend.to_str())
+    pieces = _pieces(document)
+    added = {token["content"] for token in document["added_tokens"]}
+    ordinary = None
+    if config.get("pad_token") in pieces - added:
+        ordinary = backend.token_to_id(config.pop("pad_token"))
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template is not None:
         config["chat_template"] = template
-    found = ChatTokenizer(json.loads(_backend(tokenizer).to_str()), config)
-    return TokenizerBase(ChatBase(found), pad_id(found))
+    found = ChatTokenizer(document, config)
+    for token in found.added:
+        if token.special and token.text in pieces:
+            raise InvalidConfig(
+                f"the special token {token.text!r} is a piece of words, too", code="invalid_base",
+                field="tokenizer",
+                remedy="Take one that stands for nothing else, such as '<pad>', from "
+                "tokenizer.add_special_tokens",
+            )  # fmt: skip
+    return TokenizerBase(ChatBase(found), pad_id(found) if ordinary is None else ordinary)
+
+
+def _pieces(document: Mapping[str, Any]) -> set[str]:
+    """What a byte-pair encoder makes words of; empty for other kinds."""
+    merges = document["model"].get("merges") or []
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return {piece for pair in pairs for piece in pair}
 
 
 def pad_id(tokenizer: ChatTokenizer) -> int:

@@ -109,7 +109,7 @@ class TrainingData:
         config, settings = self.effective_config(name), load_settings()
         wanted = None if version is None else checked_name(version, "model_version")
         for folder in (self._tree.samples, self._tree.processed):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
         files = sample_files(self._tree.samples)
         if not any(_has_content(path) for path in files):
             _log.warning("%s: no samples (*.jsonl), so none are prepared", self._tree.samples)
@@ -195,13 +195,18 @@ def _made(data_dir: object) -> Path:
     if not isinstance(data_dir, (str, Path)) or not str(data_dir) or "\0" in str(data_dir):
         raise InvalidConfig(f"must be a path, not {data_dir!r}", field="data_dir")
     path = Path(data_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InvalidConfig(
-            "a file is in its place", file=str(path), field="data_dir", remedy="Name a folder"
-        ) from None
+    _make(path, field="data_dir")
     return path
+
+
+def _make(folder: Path, field: str | None = None) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        remedy = "Move it away" if field is None else "Name a folder"
+        raise InvalidConfig(
+            "a file is in its place", file=str(folder), field=field, remedy=remedy
+        ) from None
 
 
 def _nested(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ the folders below ``training`` lie directly in it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -27,11 +26,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llamahome.errors import InvalidState
-from llamahome.local.folder import NO_LOCKS, held
+from llamahome.local.folder import NO_LOCKS, copy_beside, held
+from llamahome.storage.exchange import exchange
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # renameat2(2)
-_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
 _WORK_PREFIX = ".work-"
 _OLD_SUFFIX = ".replaced"
 
@@ -101,7 +98,11 @@ def work_folder(parent: Path) -> Iterator[Path]:
         for left in parent.glob(f"{_WORK_PREFIX}*"):
             _remove_dead(left)
         folder = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=parent))
-        holding.enter_context(held(folder))
+        try:
+            holding.enter_context(held(folder))
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
     try:
         yield folder
     finally:
@@ -122,16 +123,29 @@ def _remove_dead(folder: Path) -> None:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Put ``new`` in the place of ``place``, which is removed where it is there; one file system.
+    """Put ``new`` in the place of ``place``, which is removed where it is there.
 
     At no moment is a mixture there. On Linux the two change places at once; elsewhere ``place`` is
-    missing for a moment, and :func:`recover` puts the old one back after a crash in it.
-    Callers hold ``locked(place.parent)``.
+    missing for a moment, and :func:`recover` puts the old one back after a crash in it. From
+    another file system a copy takes the place, and ``new`` is there until it has. A link stays, and
+    what it leads to is replaced. Callers hold ``locked(place.parent)``. Raises OSError.
     """
+    place = place.resolve()
+    try:
+        _replace(new, place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        recover(place)
+        _replace(copy_beside(new, place), place)
+        shutil.rmtree(new)
+
+
+def _replace(new: Path, place: Path) -> None:
     _sync(new)
     if not place.exists():
         new.rename(place)
-    elif _exchange(new, place):
+    elif exchange(new, place):
         shutil.rmtree(new)
     else:
         old = place.with_name(f".{place.name}{_OLD_SUFFIX}")
@@ -143,25 +157,13 @@ def replace_folder(new: Path, place: Path) -> None:
 
 def recover(place: Path) -> None:
     """Undo what a crash in :func:`replace_folder` left. Callers hold ``locked(place.parent)``."""
+    place = place.resolve()
     old = place.with_name(f".{place.name}{_OLD_SUFFIX}")
     if old.is_dir():
         if place.exists():
             shutil.rmtree(old)
         else:
             old.rename(place)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Whether the two have changed places; not where the system cannot do that."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), str(b))
 
 
 def _sync(folder: Path) -> None:

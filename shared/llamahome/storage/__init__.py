@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 from llamahome.errors import InvalidConfig
 from llamahome.storage.layout import (
+    artifact_key,
     artifact_path,
     attempt_path,
     checkpoint_path,
@@ -20,6 +21,7 @@ from llamahome.storage.protocol import Storage
 __all__ = [
     "LocalStorage",
     "Storage",
+    "artifact_key",
     "artifact_path",
     "attempt_path",
     "checkpoint_path",

@@ -15,6 +15,12 @@ def artifact_path(key: str) -> str:
     return f"artifacts/{checked_segment(key)}"
 
 
+def artifact_key(path: str) -> str | None:
+    """The key of what lies at ``path``: the inverse of :func:`artifact_path`. None for another."""
+    folder, _, key = path.partition("/")
+    return key if folder == "artifacts" and key and "/" not in key else None
+
+
 def attempt_path(job: str, run: str, fence: int) -> str:
     """What one attempt writes before it is accepted; no two attempts share it."""
     return f"jobs/{checked_segment(job)}/runs/{checked_segment(run)}/f{fence:d}"

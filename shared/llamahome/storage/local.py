@@ -12,13 +12,14 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from llamahome.errors import CorruptArtifact, NotFound, Unavailable
+from llamahome.errors import NotFound, Unavailable
 from llamahome.schemas import MANIFEST_NAME, ArtifactRef, JsonObject, Manifest, ManifestEntry
 from llamahome.storage import manifest as manifests
+from llamahome.storage.exchange import exchange
 from llamahome.storage.paths import checked_path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -26,6 +27,8 @@ TEMPORARY_PREFIX = ".tmp-"
 _NO_LINK = frozenset(
     {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
 )
+# What is there already: a folder that is not empty, or a file.
+_IN_THE_WAY = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOENT})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -50,11 +53,9 @@ class LocalStorage:
                 with temporary.open("xb") as target:
                     found = manifests.copy_hashed(source, target)
                     _flush(target)
-                if final.exists():
-                    _same_size(path, final.stat().st_size, found[0])
-                else:
+                if not _is_file_of(final, found):
                     temporary.chmod(0o444)
-                    temporary.rename(final)
+                    temporary.replace(final)
                 self._sync_upwards(final.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -95,24 +96,19 @@ class LocalStorage:
         """The storage's own folder, after every file was verified; ``into`` is not used."""
         final = self._real(artifact.path)
         with _storage_errors(artifact.path):
-            manifest = manifests.agreed_manifest(self._read_manifest(final), artifact)
-            for entry in manifests.entries_of(manifest, only, artifact.path):
-                try:
-                    with manifests.open_regular(
-                        self._real(f"{artifact.path}/{entry.name}")
-                    ) as file:
-                        found = manifests.hash_stream(file)
-                except (FileNotFoundError, ValueError) as error:
-                    raise CorruptArtifact(
-                        f"in the manifest, but not there ({error})",
-                        file=f"{artifact.path}/{entry.name}",
-                    ) from None
-                manifests.check_entry(entry, found, artifact.path)
+            raw = self._read_manifest(artifact.path)
+            if raw is None:
+                raise manifests.damaged("is not there", artifact.path)
+            manifest = manifests.agreed_manifest(raw, artifact)
+            self._verify(manifests.entries_of(manifest, only, artifact.path), artifact.path)
         return final
 
     def manifest(self, path: str) -> Manifest:
         with _storage_errors(path):
-            return manifests.parse_manifest(self._read_manifest(self._real(path)), path)
+            raw = self._read_manifest(path)
+        if raw is None:
+            raise NotFound("not in the storage", file=path)
+        return manifests.parse_manifest(raw, path)
 
     def delete(self, path: str) -> None:
         place = self._real(path)
@@ -154,26 +150,53 @@ class LocalStorage:
         return entries
 
     def _move_into_place(self, temporary: Path, final: Path, path: str, manifest: Manifest) -> None:
-        if final.exists() and not (final / MANIFEST_NAME).is_file():
-            if any(final.rglob(MANIFEST_NAME)):
-                raise ValueError(f"{path!r} holds artifacts of its own and can become none")
-            self.delete(path)
         try:
-            if not final.exists():
-                temporary.rename(final)
+            temporary.rename(final)
         except OSError as error:
-            # Another attempt may have won, and NFS may report a rename that did happen.
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
+            # Something is there, or NFS reports a rename that did happen.
+            if error.errno not in _IN_THE_WAY:
                 raise
-        wanted = manifests.artifact_ref(manifest, path).digest
-        found = manifests.artifact_ref(self.manifest(path), path).digest
-        if found != wanted:
-            raise manifests.other_content(path, found, wanted)
+            if not self._keeps(final, path, manifest):
+                self._replace(temporary, final, path)
         self._sync_upwards(final.parent)
 
-    def _read_manifest(self, folder: Path) -> bytes:
-        with manifests.open_regular(folder / MANIFEST_NAME) as source:
-            return source.read(manifests.MAX_MANIFEST_BYTES)
+    def _keeps(self, final: Path, path: str, wanted: Manifest) -> bool:
+        """Whether it is there already, every byte. Raises CorruptArtifact, and ValueError where
+        what is there must not be replaced."""
+        raw = self._read_manifest(path)
+        if raw is None:
+            if any(final.rglob(MANIFEST_NAME)):
+                raise ValueError(f"{path!r} holds artifacts of its own and can become none")
+            return False
+        return manifests.keeps(raw, wanted, path, lambda found: self._verify(found.files, path))
+
+    def _replace(self, temporary: Path, final: Path, path: str) -> None:
+        """Who reads what is there meanwhile finds one or the other, file by file; where two folders
+        cannot be exchanged, nothing for a moment."""
+        if final.is_dir() and exchange(temporary, final):
+            return
+        self.delete(path)
+        temporary.rename(final)
+
+    def _verify(self, entries: Iterable[ManifestEntry], path: str) -> None:
+        """Raises DamagedArtifact."""
+        for entry in entries:
+            try:
+                with manifests.open_regular(self._real(f"{path}/{entry.name}")) as file:
+                    found = manifests.hash_stream(file)
+            except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+                raise manifests.damaged(
+                    f"{entry.name} is in the manifest, but not there ({error})", path
+                ) from None
+            manifests.check_entry(entry, found, path)
+
+    def _read_manifest(self, path: str) -> bytes | None:
+        """None where there is none."""
+        try:
+            with manifests.open_regular(self._real(path) / MANIFEST_NAME) as source:
+                return source.read(manifests.MAX_MANIFEST_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def _sync_upwards(self, folder: Path) -> None:
         """fsync ``folder`` and those above it up to the root: new ones must survive as well."""
@@ -221,9 +244,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _same_size(path: str, there: int, given: int) -> None:
-    if there != given:
-        raise CorruptArtifact(f"{there} bytes are stored, {given} were given", file=path)
+def _is_file_of(place: Path, wanted: tuple[int, str]) -> bool:
+    """Whether a file of that size and digest is there."""
+    if not place.is_file() or place.stat().st_size != wanted[0]:
+        return False
+    with place.open("rb") as file:
+        return manifests.hash_stream(file) == wanted
 
 
 @contextlib.contextmanager

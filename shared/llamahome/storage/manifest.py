@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from llamahome.errors import CorruptArtifact
+from llamahome.errors import CorruptArtifact, DamagedArtifact
 from llamahome.schemas import MANIFEST_NAME, ArtifactRef, JsonObject, Manifest, ManifestEntry
 from llamahome.storage.paths import checked_path
 
@@ -104,26 +104,23 @@ def artifact_ref(manifest: Manifest, path: str) -> ArtifactRef:
 
 
 def parse_manifest(raw: bytes, path: str) -> Manifest:
-    """Raises CorruptArtifact where the bytes are no manifest."""
+    """Raises DamagedArtifact where the bytes are no manifest."""
     try:
         manifest = Manifest.model_validate_json(raw)
         for entry in manifest.files:
             checked_path(entry.name)
     except (ValidationError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CorruptArtifact(
-            f"unreadable manifest: {reason}", file=f"{path}/{MANIFEST_NAME}"
-        ) from None
+        raise damaged(f"unreadable manifest: {reason}", path) from None
     return manifest
 
 
 def agreed_manifest(raw: bytes, artifact: ArtifactRef) -> Manifest:
-    """The manifest, once its digest is the one the ledger knows. Raises CorruptArtifact."""
+    """The manifest, once its digest is the one the ledger knows. Raises DamagedArtifact."""
     digest = hashlib.sha256(raw).hexdigest()
     if digest != artifact.digest:
-        raise CorruptArtifact(
-            f"manifest digest is {digest[:12]}, expected {artifact.digest[:12]}",
-            file=artifact.path,
+        raise damaged(
+            f"manifest digest is {digest[:12]}, expected {artifact.digest[:12]}", artifact.path
         )
     return parse_manifest(raw, artifact.path)
 
@@ -143,19 +140,37 @@ def entries_of(
 
 
 def check_entry(entry: ManifestEntry, found: tuple[int, str], path: str) -> None:
-    """Raises CorruptArtifact where size or sha256 differ from the manifest."""
+    """Raises DamagedArtifact where size or sha256 differ from the manifest."""
     size, sha256 = found
-    where = f"{path}/{entry.name}"
     if size != entry.bytes:
-        raise CorruptArtifact(f"{size} bytes, the manifest says {entry.bytes}", file=where)
+        raise damaged(f"{entry.name}: {size} bytes, the manifest says {entry.bytes}", path)
     if sha256 != entry.sha256:
-        raise CorruptArtifact(
-            f"sha256 is {sha256[:12]}, the manifest says {entry.sha256[:12]}", file=where
+        raise damaged(
+            f"{entry.name}: sha256 is {sha256[:12]}, the manifest says {entry.sha256[:12]}", path
         )
 
 
-def other_content(path: str, found: str, wanted: str) -> CorruptArtifact:
-    return CorruptArtifact(
-        f"already published with manifest {found[:12]}, not {wanted[:12]}", file=path,
-        remedy="One key gave two outputs: keep both and report it",
-    )  # fmt: skip
+def keeps(raw: bytes, wanted: Manifest, path: str, verify: Callable[[Manifest], None]) -> bool:
+    """Whether the artifact whose manifest is ``raw`` is ``wanted``, whole; not where it is damaged.
+
+    ``verify`` raises DamagedArtifact. Raises CorruptArtifact where a whole one of other files is
+    there.
+    """
+    try:
+        found = parse_manifest(raw, path)
+        verify(found)
+    except DamagedArtifact:
+        return False
+    if found.files != wanted.files:
+        given, kept = artifact_ref(wanted, path).digest, artifact_ref(found, path).digest
+        raise CorruptArtifact(
+            f"already published with manifest {kept[:12]}, not {given[:12]}", file=path,
+            remedy="One key gave two outputs: keep both and report it",
+        )  # fmt: skip
+    return raw == manifest_bytes(wanted)
+
+
+def damaged(what: str, path: str) -> DamagedArtifact:
+    return DamagedArtifact(
+        what, file=path, remedy="Nobody writes there once it is published: see to that disk"
+    )

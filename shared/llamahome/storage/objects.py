@@ -34,9 +34,7 @@ class ObjectStorage:
         with tempfile.NamedTemporaryFile(prefix="llamahome-put-") as local, _storage_errors(path):
             found = manifests.copy_hashed(source, cast(BinaryIO, local))
             local.flush()
-            if self._fs.exists(self._key(path)):
-                self._check_size(path, found[0])
-            else:
+            if not self._is_there(path, *found):
                 self._put_file(local.name, path, found[0])
         return found
 
@@ -63,16 +61,9 @@ class ObjectStorage:
         """An object store always copies: ``adopt`` changes nothing."""
         with _storage_errors(path):
             manifest = manifests.manifest_of(folder, kind, facts)
-            wanted = manifests.artifact_ref(manifest, path)
-            if self._published(path) is None:
-                for entry in manifest.files:
-                    name = f"{path}/{entry.name}"
-                    self._put_file(str(folder / entry.name), name, entry.bytes)
-                self._put_manifest(path, manifests.manifest_bytes(manifest))
-            found = manifests.artifact_ref(self.manifest(path), path)
-        if found.digest != wanted.digest:
-            raise manifests.other_content(path, found.digest, wanted.digest)
-        return wanted
+            if self._published(path) is not None or not self._put_new(folder, manifest, path):
+                self._keep_or_mend(folder, manifest, path)
+        return manifests.artifact_ref(manifest, path)
 
     def fetch(
         self, artifact: ArtifactRef, into: Path, *, only: Collection[str] | None = None
@@ -80,11 +71,11 @@ class ObjectStorage:
         """``into`` with the verified files; removed again when one does not agree."""
         raw = self._published(artifact.path)
         if raw is None:
-            raise NotFound("not in the storage", file=artifact.path)
+            raise manifests.damaged("is not there", artifact.path)
         manifest = manifests.agreed_manifest(raw, artifact)
         try:
             for entry in manifests.entries_of(manifest, only, artifact.path):
-                self._fetch_file(f"{artifact.path}/{entry.name}", into / entry.name)
+                self._fetch_file(artifact.path, entry.name, into / entry.name)
                 with manifests.open_regular(into / entry.name) as source:
                     manifests.check_entry(entry, manifests.hash_stream(source), artifact.path)
         except BaseException:
@@ -128,18 +119,52 @@ class ObjectStorage:
             self._fs.rm_file(self._key(path))
             raise
 
-    def _put_manifest(self, path: str, raw: bytes) -> None:
-        # "create" is If-None-Match: * on S3. Another attempt may win; the caller compares.
-        with contextlib.suppress(FileExistsError):
+    def _put_new(self, folder: Path, manifest: Manifest, path: str) -> bool:
+        """Whether the manifest that is there now is this one: another attempt may win."""
+        for entry in manifest.files:
+            self._put_file(str(folder / entry.name), f"{path}/{entry.name}", entry.bytes)
+        raw = manifests.manifest_bytes(manifest)
+        try:
+            # "create" is If-None-Match: * on S3.
             self._fs.pipe_file(f"{self._key(path)}/{MANIFEST_NAME}", raw, mode="create")
+        except FileExistsError:
+            return False
+        return True
 
-    def _fetch_file(self, path: str, target: Path) -> None:
+    def _keep_or_mend(self, folder: Path, manifest: Manifest, path: str) -> None:
+        """Put again what is damaged, the manifest last. Raises CorruptArtifact."""
+
+        def verify(found: Manifest) -> None:
+            for entry in found.files:
+                if not self._is_there(f"{path}/{entry.name}", entry.bytes, entry.sha256):
+                    raise manifests.damaged(f"{entry.name} is missing or changed", path)
+
+        if manifests.keeps(self._published(path) or b"", manifest, path, verify):
+            return
+        for entry in manifest.files:
+            name = f"{path}/{entry.name}"
+            if not self._is_there(name, entry.bytes, entry.sha256):
+                self._put_file(str(folder / entry.name), name, entry.bytes)
+        raw = manifests.manifest_bytes(manifest)
+        self._fs.pipe_file(f"{self._key(path)}/{MANIFEST_NAME}", raw)
+
+    def _is_there(self, path: str, size: int, sha256: str) -> bool:
+        """Whether an object of these bytes is; it is read only where its size agrees."""
+        try:
+            if self.size(path) != size:
+                return False
+        except NotFound:
+            return False
+        with self.open(path) as source:
+            return manifests.hash_stream(source) == (size, sha256)
+
+    def _fetch_file(self, path: str, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _storage_errors(path):
-                self._fs.get_file(self._key(path), str(target))
+                self._fs.get_file(self._key(f"{path}/{name}"), str(target))
         except NotFound:
-            raise CorruptArtifact("in the manifest, but not there", file=path) from None
+            raise manifests.damaged(f"{name} is in the manifest, but not there", path) from None
 
     def _check_size(self, path: str, wanted: int) -> None:
         found = self.size(path)

@@ -24,8 +24,9 @@ class Storage(Protocol):
     def put(self, path: str, source: BinaryIO) -> tuple[int, str]:
         """Store one file durably and return its (bytes, sha256 hex).
 
-        A file already at that path is left as it is. Raises Unavailable, CorruptArtifact where the
-        one that is there has another size.
+        One that is there is left as it is where it has the same bytes, and replaced where it has
+        others: a path is for one content, and that is damage. Raises Unavailable, CorruptArtifact
+        where the storage kept another number of bytes.
         """
         ...
 
@@ -50,9 +51,9 @@ class Storage(Protocol):
 
         ``adopt``: nobody writes to these files again, so the storage may keep them themselves
         rather than copies; they become read-only.
-        An artifact there with an equal manifest is returned; one with another raises
-        CorruptArtifact; leftovers without a manifest are replaced. Symlinks are a ValueError.
-        Raises Unavailable.
+        What is there is verified first: an equal artifact is returned, one of other files raises
+        CorruptArtifact, a damaged one and leftovers without a manifest are replaced. Symlinks are a
+        ValueError. Raises Unavailable.
         """
         ...
 
@@ -62,13 +63,14 @@ class Storage(Protocol):
         """A local folder with the artifact's verified files, to be read only.
 
         ``only`` names the files that are needed: others are not verified and may not be there.
-        It may be ``into`` or a folder of the storage's own. Raises CorruptArtifact, NotFound,
-        Unavailable.
+        It may be ``into`` or a folder of the storage's own. Raises DamagedArtifact where a byte of
+        them is missing or changed, or all of it is gone; CorruptArtifact where ``only`` names what
+        is none of its files; Unavailable.
         """
         ...
 
     def manifest(self, path: str) -> Manifest:
-        """Raises NotFound where no artifact is, CorruptArtifact where its manifest is broken."""
+        """Raises NotFound where no artifact is, DamagedArtifact where its manifest is broken."""
         ...
 
     def delete(self, path: str) -> None:
