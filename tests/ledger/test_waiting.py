@@ -88,13 +88,20 @@ def test_a_row_that_somebody_keeps_locked_is_unavailable(
     hurried.close()
 
 
+def _connect(url: sa.URL) -> socket.socket:
+    """To the server's port or, where its host is a folder, to its socket there."""
+    host, port = str(url.query.get("host") or url.host), url.port or 5432
+    if not host.startswith("/"):
+        return socket.create_connection((host, port))
+    far = socket.socket(socket.AF_UNIX)
+    far.connect(f"{host}/.s.PGSQL.{port}")
+    return far
+
+
 @pytest.fixture
 def proxy(ledger_url: str) -> Iterator[tuple[str, threading.Event]]:
     """The server behind a proxy, which goes on taking bytes after the event but passes none on."""
     url, cut = sa.make_url(ledger_url), threading.Event()
-    if not url.host or url.host.startswith("/"):
-        pytest.skip("the server is not reached by TCP")
-    target = (url.host, url.port or 5432)
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
@@ -108,12 +115,13 @@ def proxy(ledger_url: str) -> Iterator[tuple[str, threading.Event]]:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                far = socket.create_connection(target)
+                far = _connect(url)
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=pump, args=pair, daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     through = url.set(host="127.0.0.1", port=listener.getsockname()[1])
+    through = through.difference_update_query(["host"])
     yield through.render_as_string(hide_password=False), cut
     listener.close()
 
