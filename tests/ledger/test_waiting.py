@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -103,27 +104,35 @@ def proxy(ledger_url: str) -> Iterator[tuple[str, threading.Event]]:
     """The server behind a proxy, which goes on taking bytes after the event but passes none on."""
     url, cut = sa.make_url(ledger_url), threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
+    ends: list[socket.socket] = []
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if not cut.is_set():
                     sink.sendall(data)
-            sink.close()
+            sink.shutdown(socket.SHUT_WR)
 
-    def serve() -> None:
+    def serve(pumps: ThreadPoolExecutor) -> None:
         with contextlib.suppress(OSError):
             while True:
-                near, _ = listener.accept()
-                far = _connect(url)
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=pump, args=pair, daemon=True).start()
+                near, far = listener.accept()[0], _connect(url)
+                ends.extend((near, far))
+                pumps.submit(pump, near, far)
+                pumps.submit(pump, far, near)
 
-    threading.Thread(target=serve, daemon=True).start()
     through = url.set(host="127.0.0.1", port=listener.getsockname()[1])
     through = through.difference_update_query(["host"])
-    yield through.render_as_string(hide_password=False), cut
-    listener.close()
+    with ThreadPoolExecutor(32) as pumps:
+        serving = threading.Thread(target=serve, args=(pumps,))
+        serving.start()
+        yield through.render_as_string(hide_password=False), cut
+        for end in (listener, *ends):
+            with contextlib.suppress(OSError):  # one that has ended already
+                end.shutdown(socket.SHUT_RDWR)
+        serving.join()
+    for end in (listener, *ends):
+        end.close()
 
 
 @on_postgres
